@@ -1,0 +1,47 @@
+"""The files that a checkpoint is made of, and how a change of one is noticed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergefs.checkpoint.header import ShardHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What the file system says of a file: whoever writes to it or replaces it changes at least one of these.
+
+    ``size`` in bytes, times in nanoseconds since 1970.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Fingerprint":
+        """Return the fingerprint in ``status``, the result of ``os.stat`` or ``os.fstat``."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a checkpoint; ``path`` is absolute."""
+
+    path: Path
+    fingerprint: Fingerprint
+    header: ShardHeader
+
+
+@dataclass(frozen=True, slots=True)
+class AuxiliaryFile:
+    """A file that belongs to the model beside its weights, such as its tokenizer.
+
+    ``name`` is relative to the model directory and may contain ``/``; ``path`` is absolute.
+    """
+
+    name: str
+    path: Path
+    fingerprint: Fingerprint
