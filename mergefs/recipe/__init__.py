@@ -1,0 +1,1 @@
+"""Recipes: mergekit configs, their parameters, and the layers that gradients run over."""

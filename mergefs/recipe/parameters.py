@@ -1,0 +1,123 @@
+"""What the parameters of a recipe come to for one tensor."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from mergefs.errors import RecipeError
+from mergefs.methods.contract import Parameter, Scope, Specification
+from mergefs.recipe.model import ModelInput, Recipe
+from mergefs.recipe.settings import (
+    Condition,
+    Conditions,
+    Gradient,
+    Scalar,
+    Setting,
+    Settings,
+    evaluate,
+    filters,
+)
+from mergefs.recipe.wording import quote
+
+__all__ = [
+    "Condition",
+    "Conditions",
+    "Gradient",
+    "ResolvedParameters",
+    "Scalar",
+    "Setting",
+    "Settings",
+    "Values",
+    "evaluate",
+    "resolve_parameters",
+    "unmatched_filters",
+]
+
+Values: TypeAlias = Mapping[str, float | bool | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedParameters:
+    """The parameters of one tensor: those of the whole merge, and those of each of ``recipe.inputs()``.
+
+    A value is None where the parameter is left out and that has a meaning of its own. A parameter that belongs to
+    experts alone is not among the base's.
+    """
+
+    shared: Values
+    per_model: tuple[Values, ...]
+
+
+def resolve_parameters(recipe: Recipe, specification: Specification, tensor_name: str, t: float) -> ResolvedParameters:
+    """Return what every parameter comes to for ``tensor_name`` at the layer position ``t`` (0 to 1).
+
+    The model's own entry comes before the top level, and that before the default. Raises RecipeError when a
+    required parameter has no value for this tensor.
+    """
+    shared = {
+        parameter.name: _resolve(parameter, (recipe.parameters,), recipe, None, tensor_name, t)
+        for parameter in specification.parameters
+        if parameter.scope is Scope.GLOBAL
+    }
+    per_model = tuple(
+        MappingProxyType(
+            {
+                parameter.name: _resolve(
+                    parameter, (entry.parameters, recipe.parameters), recipe, entry, tensor_name, t
+                )
+                for parameter in specification.parameters
+                if _applies(parameter, entry, recipe)
+            }
+        )
+        for entry in recipe.inputs()
+    )
+    return ResolvedParameters(MappingProxyType(shared), per_model)
+
+
+def unmatched_filters(recipe: Recipe, tensor_names: Iterable[str]) -> tuple[str, ...]:
+    """Return the filters of ``recipe`` that select none of ``tensor_names``, each once, in the recipe's order."""
+    names = tuple(tensor_names)
+    wanted = dict.fromkeys(_all_filters(recipe))
+    return tuple(text for text in wanted if not any(text in name for name in names))
+
+
+def _all_filters(recipe: Recipe) -> Iterator[str]:
+    for settings in (*(entry.parameters for entry in recipe.models), recipe.parameters):
+        for setting in settings.values():
+            yield from filters(setting)
+
+
+def _applies(parameter: Parameter, entry: ModelInput, recipe: Recipe) -> bool:
+    if parameter.scope is Scope.PER_EXPERT:
+        return entry.model != recipe.base
+    return parameter.scope is Scope.PER_MODEL
+
+
+_EXAMPLES: Final = {"float": "1.0", "bool": "true"}
+
+
+def _resolve(
+    parameter: Parameter,
+    levels: tuple[Settings, ...],
+    recipe: Recipe,
+    entry: ModelInput | None,
+    tensor_name: str,
+    t: float,
+) -> float | bool | None:
+    for settings in levels:
+        if parameter.name in settings:
+            value = evaluate(settings[parameter.name], tensor_name, t)
+            if isinstance(value, str):
+                raise TypeError(f"parameter {parameter.name} was not converted when the recipe was read")
+            if value is not None:
+                return value
+    if not parameter.required:
+        return parameter.default
+    whose = "" if entry is None else f" of model {quote(entry.model.text)}"
+    where = "the 'parameters' at top level" if entry is None else "the 'parameters' of that model or at top level"
+    raise RecipeError(
+        f"{recipe.origin}: the parameter {parameter.name!r}{whose} has no value for tensor {quote(tensor_name)}, "
+        f"because none of its filters selects that name; add a last condition without a filter, such as "
+        f"`- value: {_EXAMPLES[parameter.kind]}`, in {where}"
+    )

@@ -1,0 +1,203 @@
+"""Which models a recipe names, and where they are."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from mergefs.errors import RecipeError
+from mergefs.recipe.document import Entry, ScalarItem, TableItem, describe
+from mergefs.recipe.wording import quote, suggestion
+
+_MODEL_KEYS: Final = ("model", "lora", "override_architecture")
+_PATH_KEYS: Final = ("path", "revision")
+_HUB_NAME: Final = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_REVISION: Final = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """A model as a recipe names it: a directory or a Hub name, perhaps at a revision or with an adapter.
+
+    ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter]``; two references are the
+    same model when they are equal.
+    """
+
+    text: str
+    path: str
+    revision: str | None
+    adapter: str | None
+
+
+def read_reference(entry: Entry) -> ModelReference:
+    """Return the model that ``entry`` names, as text or as ``{model: {path, revision}}``.
+
+    Raises RecipeError, with its line, when it is none or asks for an adapter or another architecture.
+    """
+    item = entry.value
+    if not isinstance(item, TableItem):
+        return _from_text(entry, _text(entry), adapters=True)
+    _check_keys(item, _MODEL_KEYS, "a model")
+    lora = item.get("lora")
+    if lora is not None:
+        raise lora.place.error(_NO_ADAPTERS)
+    architecture = item.get("override_architecture")
+    if architecture is not None:
+        raise architecture.place.error(
+            "this version does not override architectures, because it merges every tensor by its name; "
+            "remove 'override_architecture'"
+        )
+    inner = item.get("model")
+    if inner is None:
+        raise item.place.error(f"the mapping of {entry.key!r} has no model; add `model: PATH` to it")
+    if not isinstance(inner.value, TableItem):
+        return _from_text(inner, _text(inner), adapters=False)
+    _check_keys(inner.value, _PATH_KEYS, "a model's location")
+    path_entry = inner.value.get("path")
+    if path_entry is None:
+        raise inner.place.error("the model's location has no path; add `path: PATH` to it")
+    path = _text(path_entry)
+    revision_entry = inner.value.get("revision")
+    revision = None if revision_entry is None else _text(revision_entry)
+    return ModelReference(path if revision is None else f"{path}@{revision}", path, revision, None)
+
+
+_NO_ADAPTERS: Final = (
+    "this version does not apply adapters (LoRA) yet; merge the adapter into its model first, with "
+    "`merge_and_unload` of the peft library, and name the directory of the result"
+)
+
+
+def _from_text(entry: Entry, text: str, adapters: bool) -> ModelReference:
+    if adapters and "+" in text:
+        raise entry.value.place.error(
+            f"{quote(text)} names an adapter after the +, and {_NO_ADAPTERS}; a path that contains a + is written "
+            "as `model: {model: {path: PATH}}`"
+        )
+    path, at, revision = text.partition("@")
+    if "@" in revision:
+        raise entry.value.place.error(
+            f"{quote(text)} has more than one @, so its revision is not clear; write it as "
+            "`model: {model: {path: PATH, revision: REVISION}}`"
+        )
+    if not path or (at and not revision):
+        raise entry.value.place.error(
+            f"{quote(text)} names no {'revision' if path else 'path'}; write PATH, or PATH@REVISION"
+        )
+    return ModelReference(text, path, revision if at else None, None)
+
+
+def _text(entry: Entry) -> str:
+    item = entry.value
+    if not isinstance(item, ScalarItem) or not isinstance(item.value, str):
+        raise item.place.error(
+            f"{entry.key!r} must be text, not {describe(item)}; write a path or a Hub name, in quotes when it "
+            "looks like a number"
+        )
+    if not item.value.strip() or "\0" in item.value:
+        raise item.place.error(f"{entry.key!r} is {quote(item.value)}, which is no path; name a model directory")
+    return item.value
+
+
+def _check_keys(table: TableItem, known: tuple[str, ...], what: str) -> None:
+    for entry in table:
+        if entry.key not in known:
+            raise entry.place.error(f"{quote(entry.key)} is not a key of {what}; {suggestion(entry.key, known)}")
+
+
+def locate(reference: ModelReference, origin: str, directory: Path | None) -> Path:
+    """Return the absolute path of the directory that holds ``reference``.
+
+    Local directories come first: relative to the current directory, then to ``directory``, the recipe's own. What
+    may be a name on the Hugging Face Hub is then looked for in the local cache; nothing is ever downloaded.
+    Raises RecipeError, naming each place that was tried.
+    """
+    tried: list[Path] = []
+    # A directory whose name contains an @ is more likely meant than a revision that local directories do not have.
+    for text in dict.fromkeys((reference.text, reference.path)):
+        for candidate in _local_candidates(text, directory):
+            if candidate in tried:
+                continue
+            tried.append(candidate)
+            kind = _kind(candidate, f"{origin}: model {quote(reference.text)}")
+            if kind == "file":
+                raise RecipeError(
+                    f"{origin}: model {quote(reference.text)} is the file {quote(str(candidate))}; name the "
+                    "directory that holds the model"
+                )
+            if kind == "directory" and text != reference.text:
+                raise RecipeError(
+                    f"{origin}: model {quote(reference.text)} is the local directory {quote(str(candidate))}, "
+                    f"which has no revisions; remove @{reference.revision}"
+                )
+            if kind == "directory":
+                return candidate
+    places = " and ".join(quote(str(path)) for path in tried)
+    if not _HUB_NAME.fullmatch(reference.path):
+        raise RecipeError(f"{origin}: model {quote(reference.text)} was not found at {places}; correct the path")
+    cached = _cached_snapshot(reference)
+    if cached is not None:
+        return cached
+    revision = f" --revision {reference.revision}" if reference.revision else ""
+    raise RecipeError(
+        f"{origin}: model {quote(reference.text)} was not found at {places}, nor in the Hugging Face cache at "
+        f"{quote(str(_hub_cache()))}; correct the path, or run `hf download {reference.path}{revision}`"
+    )
+
+
+def _local_candidates(text: str, directory: Path | None) -> Iterator[Path]:
+    path = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
+    with suppress(FileNotFoundError):  # where the current directory was removed under us
+        yield _absolute(path)
+    if directory is not None:
+        yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
+
+
+def _kind(path: Path, what: str) -> Literal["directory", "file"] | None:
+    try:
+        mode = path.stat().st_mode
+    except PermissionError as error:
+        raise RecipeError(
+            f"{what} cannot be looked for at {quote(str(path))} ({error.strerror}); make its directories accessible"
+        ) from None
+    except (OSError, ValueError):
+        return None
+    return "directory" if stat.S_ISDIR(mode) else "file"
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would replace symbolic links that the user chose
+
+
+def _hub_cache() -> Path:
+    environment = os.environ
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environment.get(variable):
+            return Path(os.path.expanduser(environment[variable]))  # noqa: PTH111
+    if environment.get("HF_HOME"):
+        return Path(os.path.expanduser(environment["HF_HOME"])) / "hub"  # noqa: PTH111
+    root = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(root)) / "huggingface" / "hub"  # noqa: PTH111
+
+
+def _cached_snapshot(reference: ModelReference) -> Path | None:
+    """Return the snapshot of a Hub model in the local cache, or None when it is not there."""
+    repository = _hub_cache() / f"models--{reference.path.replace('/', '--')}"
+    revision = reference.revision or "main"
+    if not _REVISION.fullmatch(revision) or ".." in revision.split("/"):
+        return None
+    commit = revision
+    if not _COMMIT.fullmatch(revision):
+        try:
+            commit = (repository / "refs" / revision).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return None
+        if not _COMMIT.fullmatch(commit):
+            return None
+    snapshot = repository / "snapshots" / commit
+    return _absolute(str(snapshot)) if os.path.isdir(snapshot) else None  # noqa: PTH112 - is_dir() raises where access is denied
