@@ -33,13 +33,11 @@ def parse_size(text: str) -> int:
 def format_size(size: int | float) -> str:
     """Return ``size`` bytes with a binary unit and three significant digits, such as ``1.25 GiB``."""
     value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
-    if unit == "B":
+        units.pop(0)
+    if units[0] == "B":
         return f"{int(value)} B"
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:.{digits}f} {unit}"
+    return f"{value:.{digits}f} {units[0]}"

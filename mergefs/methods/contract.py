@@ -4,9 +4,14 @@ A method is one declaration: its parameters, what it asks of its inputs, the sta
 needs, how those become a handful of coefficients for each tensor, and an elementwise kernel.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Generic, Literal, TypeVar
+
+from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.precision import Array, Precision
 
 
 class Scope(Enum):
@@ -62,3 +67,148 @@ class Specification:
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name``, or None."""
         return next((p for p in self.parameters if p.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class MagnitudeThreshold:
+    """Asks for the threshold that keeps the ``keep`` largest magnitudes of one model's delta, over a whole tensor.
+
+    ``model`` is an index into the inputs of the merge. The answer is a ``Threshold``.
+    """
+
+    model: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class MagnitudeRescale:
+    """Asks for sum|delta| / sum|delta kept| of one model's tensor when ``keep`` magnitudes are kept.
+
+    The answer is a float (float64 sums), 1.0 where either sum is below 1e-7.
+    """
+
+    model: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class InnerProduct:
+    """Asks for the inner product of two inputs over a whole tensor, in float64. The answer is a float."""
+
+    first: int
+    second: int
+
+
+Statistic = MagnitudeThreshold | MagnitudeRescale | InnerProduct
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Which magnitudes survive: keys above ``key``, and those equal to it at flat indices below ``cut``.
+
+    A key is the bit pattern of the magnitude as an unsigned integer: of the 16 bit float where the merge computes in
+    BF16 or F16, of the float32 otherwise. ``cut`` is the element count of the tensor where all of them survive.
+    """
+
+    key: int
+    cut: int
+
+
+Answer = Threshold | float
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The statistics that a method asked for."""
+
+    values: Mapping[Statistic, Answer]
+
+    def threshold(self, model: int, keep: int) -> Threshold:
+        """Return the answer to ``MagnitudeThreshold``."""
+        answer = self.values[MagnitudeThreshold(model, keep)]
+        if not isinstance(answer, Threshold):
+            raise TypeError(f"a threshold was asked for and {answer!r} was answered")
+        return answer
+
+    def number(self, statistic: MagnitudeRescale | InnerProduct) -> float:
+        """Return the answer to a statistic that is a number."""
+        answer = self.values[statistic]
+        if isinstance(answer, Threshold):
+            raise TypeError(f"a number was asked for and {answer!r} was answered")
+        return answer
+
+
+NO_ANSWERS = Answers({})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorContext:
+    """What a method may know of a tensor without its bytes.
+
+    ``size`` counts elements and ``models`` the inputs, ``base`` is the index of the base among these, or None.
+    ``shared`` and ``per_model`` are the resolved parameters, of the tensor and of each input.
+    """
+
+    name: str
+    size: int
+    compute: DType
+    base: int | None
+    models: int
+    shared: Mapping[str, float | bool | None]
+    per_model: tuple[Mapping[str, float | bool | None], ...]
+    seed: int
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Indices of the inputs that are not the base, in the order of the recipe."""
+        return tuple(index for index in range(self.models) if index != self.base)
+
+    def number(self, name: str, model: int | None = None) -> float:
+        """Return the parameter ``name``, shared or of one model, as a float."""
+        value = (self.shared if model is None else self.per_model[model])[name]
+        if value is None:
+            raise KeyError(name)
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same run of elements of every input, for a reference kernel.
+
+    ``inputs`` are one-dimensional arrays of values of the compute dtype, carried as float32 (float64 when the merge
+    computes in F64). ``start`` is the flat index of the first element in the tensor.
+    """
+
+    inputs: tuple[Array, ...]
+    start: int
+
+
+CoefficientsT = TypeVar("CoefficientsT")
+
+
+class Method(ABC, Generic[CoefficientsT]):
+    """A merge method: statistics of whole tensors, coefficients, and an elementwise kernel."""
+
+    specification: Specification
+
+    def check(self, context: TensorContext) -> None:
+        """Raise RecipeError where the parameters of this tensor make no sense together."""
+
+    @abstractmethod
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """Return what has to be known about the whole tensor."""
+
+    @abstractmethod
+    def coefficients(self, context: TensorContext, answers: Answers) -> CoefficientsT:
+        """Turn the answers to ``statistics`` into what the kernel needs, once for each tensor."""
+
+    @abstractmethod
+    def reference(self, block: Block, coefficients: CoefficientsT, precision: Precision) -> Array:
+        """Compute the block by the formula: the definition that a fast kernel must equal bit for bit.
+
+        Returns values of the compute dtype, carried like the inputs.
+        """
+
+    @abstractmethod
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """Return for each input by how much the output moves when the input moves by one (0 for the base)."""

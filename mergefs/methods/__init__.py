@@ -1,0 +1,1 @@
+"""Merge methods: what each declares, and their registry."""

@@ -1,0 +1,93 @@
+"""Spherical linear interpolation of two models (Shoemake 1985, "Animating rotation with quaternion curves")."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    Answers,
+    BasePolicy,
+    Block,
+    InnerProduct,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+)
+
+_COLINEAR = 0.9995
+_SMALLEST_NORM = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class SlerpCoefficients:
+    """``first`` times the base plus ``second`` times the other model."""
+
+    base: int
+    other: int
+    first: float
+    second: float
+
+
+class Slerp(Method[SlerpCoefficients]):
+    """Moves on the great circle between base (t = 0) and the other model (t = 1); on a line if colinear."""
+
+    specification = Specification(
+        name="slerp",
+        title="SLERP",
+        reference="https://en.wikipedia.org/wiki/Slerp",
+        summary="Spherical interpolation between the base and one other model.",
+        parameters=(Parameter("t", "float", Scope.GLOBAL, "0 gives the base, 1 the other model", required=True),),
+        base=BasePolicy.REQUIRED,
+        min_models=2,
+        max_models=2,
+    )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """Both norms and the inner product."""
+        base, other = self._pair(context)
+        return (InnerProduct(base, base), InnerProduct(other, other), InnerProduct(base, other))
+
+    @staticmethod
+    def _pair(context: TensorContext) -> tuple[int, int]:
+        """Return the indices of the base and of the other model."""
+        if context.base is None:
+            raise ValueError("slerp needs a base")
+        return context.base, context.experts[0]
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> SlerpCoefficients:
+        """Turn the angle into two factors, by the same float32 steps that torch takes (float64 for F64)."""
+        base, other = self._pair(context)
+
+        def inner(first: int, second: int) -> float:
+            return answers.number(InnerProduct(first, second))
+
+        kind = Precision(context.compute).carrier
+        norms = [math.sqrt(inner(model, model)) for model in (base, other)]
+        norms = [norm if norm > _SMALLEST_NORM else 1.0 for norm in norms]
+        cosine = kind(min(1.0, max(-1.0, inner(base, other) / norms[0] / norms[1])))
+        t = kind(context.number("t"))
+        rest = kind(1) - t
+        # A NaN in the data must not fail a read: it makes every comparison false and flows into the factors.
+        if abs(cosine) > kind(_COLINEAR):
+            return SlerpCoefficients(base, other, float(rest), float(t))
+        angle = kind(math.acos(cosine))
+        sine = kind(math.sin(angle))
+        first = kind(kind(math.sin(kind(rest * angle))) / sine)
+        second = kind(kind(math.sin(kind(t * angle))) / sine)
+        return SlerpCoefficients(base, other, float(first), float(second))
+
+    def reference(self, block: Block, coefficients: SlerpCoefficients, precision: Precision) -> Array:
+        """Return ``first * base + second * other``, rounded once."""
+        kind = precision.carrier
+        base: Array = block.inputs[coefficients.base] * kind(coefficients.first)
+        other: Array = block.inputs[coefficients.other] * kind(coefficients.second)
+        return precision.round(np.add(base, other))
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """About t for the other model: the angle between fine-tunes of one base is small."""
+        return tuple(0.0 if m == context.base else context.number("t") for m in range(context.models))

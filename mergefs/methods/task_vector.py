@@ -1,0 +1,284 @@
+"""The task-vector family: what experts add to a base, sparsified, weighed, reconciled and added back.
+
+task_arithmetic: Ilharco et al. 2023, arXiv 2212.04089. ties: Yadav et al. 2023, arXiv 2306.01708. dare: Yu et al.
+2024, arXiv 2311.03099. One skeleton serves them all; they differ in which elements of a delta survive, whether a
+majority sign is elected, and in defaults.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.random import bernoulli_limit, stream_key, uniform_integers
+from mergefs.methods.contract import (
+    Answers,
+    BasePolicy,
+    Block,
+    MagnitudeRescale,
+    MagnitudeThreshold,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+    Threshold,
+)
+
+Sparsifier = Literal["none", "magnitude", "random"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll:
+    """Every element of the delta survives."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepNone:
+    """No element of the delta survives (density 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLargest:
+    """The largest magnitudes of the tensor survive."""
+
+    threshold: Threshold
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRandom:
+    """An element survives when its draw from stream ``key`` is below ``limit``."""
+
+    key: int
+    limit: int
+
+
+Mask = KeepAll | KeepNone | KeepLargest | KeepRandom
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCoefficients:
+    """How one expert's delta enters: which elements, times ``rescale`` (None: as they are), times ``weight``."""
+
+    model: int
+    mask: Mask
+    rescale: float | None
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVectorCoefficients:
+    """Everything that the kernel of the family needs. All numbers are values of the compute dtype but ``scale``.
+
+    ``divisor`` is the fixed divisor of the sum (None: elected for each element, or none at all); ``scale`` is the
+    recipe's lambda (None where it is 1).
+    """
+
+    base: int
+    experts: tuple[ExpertCoefficients, ...]
+    consensus: bool
+    normalize: bool
+    divisor: float | None
+    scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVector(Method[TaskVectorCoefficients]):
+    """One member of the family."""
+
+    specification: Specification
+    sparsifier: Sparsifier
+    consensus: bool
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """The threshold of each expert that a density prunes by magnitude, and its rescaling if wanted."""
+        wanted: list[Statistic] = []
+        for model in context.experts:
+            keep = self._kept(context, model)
+            if keep is not None:
+                wanted.append(MagnitudeThreshold(model, keep))
+                if context.shared["rescale"]:
+                    wanted.append(MagnitudeRescale(model, keep))
+        return tuple(wanted)
+
+    def _kept(self, context: TensorContext, model: int) -> int | None:
+        """Return how many elements magnitude pruning keeps, or None where it does not apply."""
+        density = context.number("density", model)
+        if self.sparsifier != "magnitude" or density >= 1 or density <= 0 or context.size == 0:
+            return None
+        return max(1, int(density * context.size))
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> TaskVectorCoefficients:
+        """Round the numbers of the recipe to the compute dtype, as they enter the arithmetic."""
+        if context.base is None:
+            raise ValueError("the task-vector family needs a base")
+        precision = Precision(context.compute)
+        experts = tuple(self._expert(context, model, answers, precision) for model in context.experts)
+        divisor: float | None = None
+        if not self.consensus:
+            total = precision.carrier(0)
+            for expert in experts:
+                total = total + precision.carrier(expert.weight)
+            rounded = precision.scalar(float(total))
+            divisor = 1.0 if abs(rounded) < 1e-8 else float(rounded)
+        scale = context.number("lambda")
+        return TaskVectorCoefficients(
+            base=context.base,
+            experts=experts,
+            consensus=self.consensus,
+            normalize=bool(context.shared["normalize"]),
+            divisor=divisor,
+            scale=None if scale == 1 else scale,
+        )
+
+    def _expert(self, context: TensorContext, model: int, answers: Answers, precision: Precision) -> ExpertCoefficients:
+        """Return the coefficients of one expert."""
+        weight = float(precision.scalar(context.number("weight", model)))
+        density = context.number("density", model)
+        rescale: float | None = None
+        mask: Mask = KeepAll()
+        keep = self._kept(context, model)
+        if keep is not None:
+            mask = KeepLargest(answers.threshold(model, keep))
+            if context.shared["rescale"]:
+                rescale = float(precision.scalar(answers.number(MagnitudeRescale(model, keep))))
+        elif self.sparsifier != "none" and density <= 0:
+            mask = KeepNone()
+        elif self.sparsifier == "random" and density < 1:
+            probability = float(precision.scalar(density)) if context.compute.name == "BF16" else density
+            mask = KeepRandom(stream_key(context.seed, model, context.name), bernoulli_limit(probability))
+            if context.shared["rescale"]:
+                rescale = float(precision.scalar(1 / density))
+        return ExpertCoefficients(model, mask, rescale, weight)
+
+    def reference(self, block: Block, coefficients: TaskVectorCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step as torch does in the compute dtype."""
+        base = block.inputs[coefficients.base]
+        deltas = [_weighted_delta(block, expert, base, precision) for expert in coefficients.experts]
+        if not deltas:
+            return base
+        weights = [precision.carrier(expert.weight) for expert in coefficients.experts]
+        divisor: Array
+        if coefficients.consensus:
+            majority = np.where(precision.round(_sum(deltas)) >= 0, 1, -1).astype(base.dtype)
+            agree = [(np.sign(delta) == majority).astype(base.dtype) for delta in deltas]
+            mixed = precision.round(_sum([d * a for d, a in zip(deltas, agree, strict=True)]))
+            divisor = precision.round(_sum([w * a for w, a in zip(weights, agree, strict=True)]))
+            divisor = np.where(divisor == 0, base.dtype.type(1), divisor)
+        else:
+            mixed = precision.round(_sum(deltas))
+            divisor = np.asarray(coefficients.divisor, dtype=base.dtype)
+        if coefficients.normalize:
+            mixed = precision.round(mixed / divisor)
+        if coefficients.scale is not None:
+            mixed = precision.round(mixed * base.dtype.type(coefficients.scale))
+        return precision.round(base + mixed)
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """The weights after normalisation and lambda; an estimate where signs are elected."""
+        weights = [0.0 if m == context.base else context.number("weight", m) for m in range(context.models)]
+        total = sum(weights)
+        divisor = total if context.shared["normalize"] and abs(total) >= 1e-8 else 1.0
+        return tuple(weight * context.number("lambda") / divisor for weight in weights)
+
+
+def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, precision: Precision) -> Array:
+    """Return weight * rescale * mask * (x - base) of one expert."""
+    delta = precision.round(block.inputs[expert.model] - base)
+    mask = expert.mask
+    if isinstance(mask, KeepLargest):
+        keys = precision.magnitude_keys(delta)
+        places = np.arange(block.start, block.start + delta.size, dtype=np.int64)
+        kept = (keys > mask.threshold.key) | ((keys == mask.threshold.key) & (places < mask.threshold.cut))
+        delta = delta * kept.astype(delta.dtype)
+    elif isinstance(mask, KeepRandom):
+        kept = uniform_integers(mask.key, block.start, delta.size) < np.uint32(mask.limit)
+        delta = delta * kept.astype(delta.dtype)
+    elif isinstance(mask, KeepNone):
+        delta = delta * delta.dtype.type(0)
+    if expert.rescale is not None:
+        delta = precision.round(delta * delta.dtype.type(expert.rescale))
+    return precision.round(delta * delta.dtype.type(expert.weight))
+
+
+def _sum(terms: list[Array]) -> Array:
+    """Return the sum of ``terms``, accumulated in order from zero."""
+    total: Array = np.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def _parameters(normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
+    """Return the parameters of the family with a member's own defaults."""
+    return (
+        Parameter("weight", "float", Scope.PER_EXPERT, "weight of the expert's delta", required=True),
+        Parameter(
+            "density",
+            "float",
+            Scope.PER_EXPERT,
+            "share of the delta that is kept",
+            default=1.0,
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        Parameter("normalize", "bool", Scope.GLOBAL, "divide by the sum of the weights", default=normalize),
+        Parameter(
+            "rescale",
+            "bool",
+            Scope.GLOBAL,
+            "scale what pruning keeps to the size of the whole",
+            default=rescale,
+        ),
+        Parameter("lambda", "float", Scope.GLOBAL, "factor of the merged delta", default=1.0),
+        Parameter("int8_mask", "bool", Scope.GLOBAL, "accepted for mergekit; changes nothing", default=False),
+    )
+
+
+def _member(name: str, title: str, reference: str, summary: str, sparsifier: Sparsifier, consensus: bool) -> TaskVector:
+    """Declare one member of the family."""
+    specification = Specification(
+        name=name,
+        title=title,
+        reference=reference,
+        summary=summary,
+        parameters=_parameters(normalize=name == "ties", rescale=sparsifier == "random"),
+        base=BasePolicy.REQUIRED,
+    )
+    return TaskVector(specification, sparsifier, consensus)
+
+
+TASK_ARITHMETIC = _member(
+    "task_arithmetic",
+    "Task arithmetic",
+    "https://arxiv.org/abs/2212.04089",
+    "The base plus the weighted sum of the experts' deltas.",
+    "none",
+    False,
+)
+TIES = _member(
+    "ties",
+    "TIES",
+    "https://arxiv.org/abs/2306.01708",
+    "Keeps the largest elements of each delta, elects a sign for each element, and averages who agrees.",
+    "magnitude",
+    True,
+)
+DARE_LINEAR = _member(
+    "dare_linear",
+    "Linear DARE",
+    "https://arxiv.org/abs/2311.03099",
+    "Drops elements of each delta at random, rescales the rest, and adds the weighted sum.",
+    "random",
+    False,
+)
+DARE_TIES = _member(
+    "dare_ties",
+    "DARE TIES",
+    "https://arxiv.org/abs/2311.03099",
+    "Drops elements of each delta at random, rescales the rest, and elects a sign for each element.",
+    "random",
+    True,
+)
