@@ -105,7 +105,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _resolve(path: Path) -> Path:
     try:
-        directory = path.expanduser().resolve(strict=True)
+        directory = Path(path).expanduser().resolve(strict=True)
         is_directory = directory.is_dir()
     except FileNotFoundError as error:
         raise CheckpointError(

@@ -26,6 +26,7 @@ METADATA_KEY: Final = "__metadata__"
 _LENGTH: Final = struct.Struct("<Q")
 _U64_MAX: Final = 2**64 - 1
 _ENTRY_KEYS: Final = ("dtype", "shape", "data_offsets")
+_ENTRY_KEY_SET: Final = frozenset(_ENTRY_KEYS)
 _REMEDY: Final = "download or write this file again"
 
 
@@ -244,7 +245,7 @@ def _parse_metadata(value: object, path: Path) -> dict[str, str]:
 
 def _parse_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, DType, tuple[int, ...]]:
     """Return (begin, end, name, dtype, shape) of one tensor; offsets count from the start of the data."""
-    if type(entry) is not dict or len(entry) != 3 or not all(key in entry for key in _ENTRY_KEYS):
+    if type(entry) is not dict or entry.keys() != _ENTRY_KEY_SET:
         raise _damaged(path, f"has tensor {_quote(name)} in its header {_entry_problem(entry)}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
@@ -256,7 +257,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, DTyp
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, value in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= _U64_MAX for n in value):
+        if not _is_list_of_unsigned(value):
             raise _damaged(path, f"has tensor {_quote(name)} with a {key} that is no list of unsigned 64-bit integers")
     if len(offsets) != 2:
         raise _damaged(path, f"has tensor {_quote(name)} with {len(offsets)} data_offsets, but needs 2")
@@ -269,6 +270,11 @@ def _parse_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, DTyp
     if problem is not None:
         raise _damaged(path, f"has tensor {_quote(name)} that {problem}")
     return begin, end, name, dtype, tuple(shape)
+
+
+def _is_list_of_unsigned(value: object) -> bool:
+    # A bool is an int to isinstance(), but not here.
+    return isinstance(value, list) and all(type(number) is int and 0 <= number <= _U64_MAX for number in value)
 
 
 def _entry_problem(entry: object) -> str:
