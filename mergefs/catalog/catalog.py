@@ -1,0 +1,217 @@
+"""The catalog's typed interface. Keys are built here and nowhere else."""
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from mergefs.catalog.environment import Environment, Put
+from mergefs.catalog.records import (
+    CheckpointRecord,
+    ContentRecord,
+    DeltaRecord,
+    HistogramRecord,
+    NumberRecord,
+    PlanEntryRecord,
+    PlanRecord,
+    ThresholdRecord,
+    TransactionRecord,
+)
+from mergefs.errors import CatalogError
+
+FORMAT: Final = 1
+TABLES: Final = (
+    "meta",
+    "checkpoints",
+    "contents",
+    "deltas",
+    "histograms",
+    "thresholds",
+    "numbers",
+    "plans",
+    "entries",
+    "transactions",
+)
+
+RecordT = TypeVar("RecordT", bound=msgspec.Struct)
+
+
+def default_location() -> Path:
+    """Return the catalog directory that is used when none is named."""
+    if named := os.environ.get("MERGEFS_CATALOG"):
+        return Path(named)
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "mergefs" / "catalog"
+
+
+class Catalog:
+    """Statistics, plans and transactions by key. Safe to share between threads, and between processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._environment = Environment(path, TABLES)
+        self._pending: list[Put] = []
+        self._pending_lock = threading.Lock()
+        self._check_format()
+
+    def _check_format(self) -> None:
+        """Stamp a new catalog; refuse one of another format."""
+        stamp = self._environment.get("meta", b"format")
+        if stamp is None:
+            self._environment.write([("meta", b"format", str(FORMAT).encode())])
+        elif stamp != str(FORMAT).encode():
+            path = self._environment.path
+            self._environment.close()
+            raise CatalogError(
+                f"{path}: the catalog has format {stamp.decode(errors='replace')!r} and this mergefs knows format "
+                f"'{FORMAT}'; upgrade mergefs, or name another directory with --catalog"
+            )
+
+    @property
+    def path(self) -> Path:
+        """The directory of the catalog."""
+        return self._environment.path
+
+    def close(self) -> None:
+        """Write what is pending and close."""
+        self.flush()
+        self._environment.close()
+
+    def __enter__(self) -> "Catalog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def content(self, key: bytes) -> ContentRecord | None:
+        """Return the hashes of the tensor with the local key ``key``."""
+        return self._get("contents", key, ContentRecord)
+
+    def keep_content(self, key: bytes, record: ContentRecord) -> None:
+        """Keep the hashes of a tensor at the next flush."""
+        self._keep("contents", key, record)
+
+    def delta(self, key: bytes) -> DeltaRecord | None:
+        """Return the block statistics of a delta."""
+        return self._get("deltas", key, DeltaRecord)
+
+    def keep_delta(self, key: bytes, record: DeltaRecord) -> None:
+        """Keep the block statistics of a delta at the next flush."""
+        self._keep("deltas", key, record)
+
+    def histogram(self, key: bytes) -> HistogramRecord | None:
+        """Return the magnitude histogram of a delta."""
+        return self._get("histograms", key, HistogramRecord)
+
+    def keep_histogram(self, key: bytes, record: HistogramRecord) -> None:
+        """Keep a magnitude histogram at the next flush."""
+        self._keep("histograms", key, record)
+
+    def threshold(self, key: bytes) -> ThresholdRecord | None:
+        """Return a threshold."""
+        return self._get("thresholds", key, ThresholdRecord)
+
+    def keep_threshold(self, key: bytes, record: ThresholdRecord) -> None:
+        """Keep a threshold at the next flush."""
+        self._keep("thresholds", key, record)
+
+    def number(self, key: bytes) -> float | None:
+        """Return a statistic that is one number."""
+        record = self._get("numbers", key, NumberRecord)
+        return None if record is None else record.value
+
+    def keep_number(self, key: bytes, value: float) -> None:
+        """Keep a statistic that is one number at the next flush."""
+        self._keep("numbers", key, NumberRecord(value))
+
+    def flush(self) -> None:
+        """Write everything that waits to be kept, in one transaction."""
+        with self._pending_lock:
+            pending, self._pending = self._pending, []
+        if pending:
+            self._environment.write(pending)
+
+    # -- checkpoints, plans, transactions -----------------------------------------------------------------------------
+
+    def checkpoint(self, local_identity: str) -> CheckpointRecord | None:
+        """Return what is known of the checkpoint with this local identity."""
+        return self._get("checkpoints", local_identity.encode(), CheckpointRecord)
+
+    def keep_checkpoint(self, local_identity: str, record: CheckpointRecord) -> None:
+        """Write down a checkpoint at once."""
+        self._environment.write([("checkpoints", local_identity.encode(), msgspec.msgpack.encode(record))])
+
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """Return every checkpoint."""
+        return self._all("checkpoints", CheckpointRecord)
+
+    def plan(self, plan_id: str) -> PlanRecord | None:
+        """Return the plan with this id."""
+        return self._get("plans", plan_id.encode(), PlanRecord)
+
+    def plans(self) -> list[PlanRecord]:
+        """Return every plan."""
+        return self._all("plans", PlanRecord)
+
+    def plan_entries(self, plan_id: str) -> list[PlanEntryRecord]:
+        """Return the tensors of a plan in the order of their names."""
+        return self._all("entries", PlanEntryRecord, plan_id.encode() + b"/")
+
+    def keep_plan(self, record: PlanRecord, entries: Iterable[PlanEntryRecord]) -> None:
+        """Write a plan with its tensors in one transaction."""
+        encode = msgspec.msgpack.encode
+        prefix = record.plan_id.encode() + b"/"
+        puts: list[Put] = [("plans", record.plan_id.encode(), encode(record))]
+        puts += [("entries", prefix + _short(entry.name), encode(entry)) for entry in entries]
+        self._environment.write(puts)
+
+    def transactions(self) -> list[TransactionRecord]:
+        """Return every transaction."""
+        return self._all("transactions", TransactionRecord)
+
+    def keep_transaction(self, record: TransactionRecord) -> None:
+        """Write the state of a transaction at once."""
+        self._environment.write([("transactions", record.transaction_id.encode(), msgspec.msgpack.encode(record))])
+
+    # -- inspection ---------------------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of records in each table."""
+        return {table: self._environment.count(table) for table in TABLES if table != "meta"}
+
+    def size_on_disk(self) -> int:
+        """Return the bytes that the catalog takes."""
+        return self._environment.size_on_disk()
+
+    def _keep(self, table: str, key: bytes, record: msgspec.Struct) -> None:
+        with self._pending_lock:
+            self._pending.append((table, key, msgspec.msgpack.encode(record)))
+
+    def _get(self, table: str, key: bytes, kind: type[RecordT]) -> RecordT | None:
+        value = self._environment.get(table, key)
+        return None if value is None else self._decode(table, value, kind)
+
+    def _all(self, table: str, kind: type[RecordT], prefix: bytes = b"") -> list[RecordT]:
+        return [self._decode(table, value, kind) for _, value in self._environment.items(table, prefix)]
+
+    def _decode(self, table: str, value: bytes, kind: type[RecordT]) -> RecordT:
+        try:
+            return msgspec.msgpack.decode(value, type=kind)
+        except msgspec.DecodeError as error:
+            raise CatalogError(
+                f"{self._environment.path}: a record of table {table!r} is damaged ({error}); everything in the "
+                "catalog can be rebuilt: move it away, or name another directory with --catalog"
+            ) from error
+
+
+def _short(name: str) -> bytes:
+    """Return ``name`` as part of a key; LMDB keys have at most 511 bytes, so a long one ends in its hash."""
+    encoded = name.encode()
+    if len(encoded) <= 300:
+        return encoded
+    return encoded[:200] + blake3(encoded).digest()

@@ -1,0 +1,103 @@
+"""The records of the catalog. Arrays are packed little-endian bytes; sizes are bytes unless said otherwise.
+
+Fields are stored in order, without their names: new ones go to the end and have a default.
+"""
+
+import msgspec
+
+
+class ContentRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What the bytes of one tensor are: ``digest`` of all of them, and 32 bytes of blake3 for each block."""
+
+    digest: bytes
+    blocks: bytes
+
+
+class DeltaRecord(msgspec.Struct, frozen=True, array_like=True):
+    """An expert's tensor against the base's, block by block.
+
+    ``squared_norms`` (float32) of the delta, ``changed`` (uint32) counts elements whose bits differ from the base's in
+    the compute dtype.
+    """
+
+    squared_norms: bytes
+    changed: bytes
+
+
+class HistogramRecord(msgspec.Struct, frozen=True, array_like=True):
+    """How many magnitudes of a delta fall into each of 32,768 bins: the bins that are not empty, and their counts."""
+
+    bins: bytes  # uint16
+    counts: bytes  # uint64
+
+
+class ThresholdRecord(msgspec.Struct, frozen=True, array_like=True):
+    """See ``mergefs.methods.contract.Threshold``."""
+
+    key: int
+    cut: int
+
+
+class NumberRecord(msgspec.Struct, frozen=True, array_like=True):
+    """An answer that is one float64."""
+
+    value: float
+
+
+class CheckpointRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A model directory that has been seen, by its local identity; ``content`` once every tensor has been hashed."""
+
+    path: str
+    tensors: int
+    total_bytes: int
+    content: str | None
+
+
+class InputRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One input of a plan."""
+
+    reference: str
+    path: str
+    role: str
+    identity: str
+    local_identity: str
+
+
+class PlanRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A plan: what is needed to make it again, and to say what it was."""
+
+    plan_id: str
+    recipe: str
+    origin: str
+    method: str
+    budget_bytes: int | None
+    expert_bytes_total: int
+    expert_bytes_planned: int
+    random_seed: int
+    max_shard_size: int
+    inputs: tuple[InputRecord, ...]
+    created_ns: int
+
+
+class PlanEntryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of a plan: its dtype and shape, and for each input the packed bits of the blocks that are bought.
+
+    An empty ``selections`` means that every block of every input is read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    selections: tuple[bytes | None, ...]
+
+
+class TransactionRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One run of ``materialize``: state is begun, committed or aborted."""
+
+    transaction_id: str
+    plan_id: str
+    destination: str
+    staging: str
+    state: str
+    pid: int
+    changed_ns: int

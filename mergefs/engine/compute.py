@@ -1,0 +1,55 @@
+"""Runs a method's kernel over the bytes of one block."""
+
+from typing import Any, Final
+
+import numpy as np
+
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.kernels.precision import Precision, Raw, load, store
+from mergefs.methods.contract import Block, Method
+
+_TILE: Final = 64 * 1024
+"""Elements that a reference kernel works on at once: its intermediate arrays then stay in the CPU's cache."""
+
+
+def run_kernel(
+    method: Method[Any],
+    coefficients: Any,
+    inputs: tuple[tuple[Raw, DType], ...],
+    compute: DType,
+    out: DType,
+    start: int,
+) -> Raw:
+    """Return the merged bytes, of dtype ``out``, of a run of elements that begins at flat index ``start``.
+
+    ``inputs`` are the bytes of the same run in each model, with their dtypes. The kernels are elementwise, so cutting
+    the run into tiles changes nothing.
+    """
+    precision = Precision(compute)
+    count = inputs[0][0].size // inputs[0][1].itemsize
+    result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        for first in range(0, count, _TILE):
+            last = min(first + _TILE, count)
+            values = tuple(
+                load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in inputs
+            )
+            merged = method.reference(Block(values, start + first), coefficients, precision)
+            result[first * out.itemsize : last * out.itemsize] = store(merged, compute, out)
+    return result
+
+
+def convert(raw: Raw, stored: DType, compute: DType, out: DType) -> Raw:
+    """Return a block that no method touches, by way of the compute dtype as if one had."""
+    if stored == compute == out:
+        return raw
+    with np.errstate(all="ignore"):
+        return store(load(raw, stored, compute), compute, out)
+
+
+def is_finite(raw: Raw, dtype: DType) -> bool:
+    """Return whether ``raw`` holds neither NaN nor infinity: whether no exponent has all bits set."""
+    if dtype in (BF16, F16):
+        exponent = np.uint16(0x7F80 if dtype == BF16 else 0x7C00)
+        return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(raw.view(np.float32 if dtype == F32 else np.float64)).all())

@@ -1,0 +1,204 @@
+"""The engine: any byte range of a planned model, from only those blocks that the plan paid for."""
+
+import logging
+import threading
+from bisect import bisect_right
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergefs.checkpoint.source import Shard
+from mergefs.engine.compute import convert, is_finite, run_kernel
+from mergefs.engine.resources import Resources
+from mergefs.errors import NonFiniteError, PlanError
+from mergefs.kernels.precision import Raw
+from mergefs.planner.plan import MergePlan, OutputFile, Role, TensorPlan
+from mergefs.sources.ledger import Purpose
+from mergefs.sources.reader import check_unchanged
+from mergefs.statistics.pair import Location
+
+_LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """Computes the bytes of one plan. Safe to share between threads.
+
+    ``strict`` says what happens when a merge has no finite result: with it a NonFiniteError names the tensor, without
+    it the values are served as they are and the log names the tensor, because an error would kill who reads a mount.
+    """
+
+    def __init__(self, plan: MergePlan, resources: Resources, strict: bool) -> None:
+        self.plan = plan
+        self._resources = resources
+        self._strict = strict
+        self._files = {file.name: file for file in plan.files}
+        self._coefficients: dict[str, Any] = {}
+        self._gathering = {name: threading.Lock() for name in plan.tensors}
+        self._seen: dict[str, NDArray[np.bool_]] = {}
+        self._reported: set[str] = set()
+        self._lock = threading.Lock()
+
+    def read_file(self, name: str, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of a weight file from ``offset``; fewer only where the file ends."""
+        file = self._files[name]
+        end = min(offset + size, file.size)
+        pieces: list[bytes | Raw] = []
+        if offset < min(end, len(file.header)):
+            pieces.append(file.header[offset : min(end, len(file.header))])
+        position = max(offset, len(file.header))
+        while position < end:
+            tensor, begin = self._tensor_at(file, position)
+            stop = min(end - begin, tensor.nbytes)
+            pieces += self._pieces(tensor, position - begin, stop)
+            position = begin + stop
+        data = b"".join(piece if isinstance(piece, bytes) else piece.data for piece in pieces)
+        self._resources.ledger.record_served(len(data))
+        return data
+
+    def read_tensor(self, name: str, begin: int, end: int) -> Raw:
+        """Return the bytes ``begin`` to ``end`` of a tensor, as a fresh array."""
+        pieces = self._pieces(self.plan.tensors[name], begin, end)
+        result: Raw = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
+        self._resources.ledger.record_served(result.nbytes)
+        return result
+
+    def gather_statistics(self, name: str) -> None:
+        """Make sure that no later read of this tensor has to gather statistics."""
+        tensor = self.plan.tensors[name]
+        if tensor.context is not None:
+            self._coefficients_of(tensor)
+
+    def check_sources(self) -> None:
+        """Raise SourceChangedError when a source is no longer what the plan was made from."""
+        check_unchanged(shard for entry in self.plan.all_inputs for shard in entry.checkpoint.shards)
+
+    @staticmethod
+    def _at(file: OutputFile, position: int) -> int:
+        """Return the index of the tensor that holds the byte at ``position``."""
+        return bisect_right(file.offsets, position) - 1
+
+    def _tensor_at(self, file: OutputFile, position: int) -> tuple[TensorPlan, int]:
+        """Return the tensor that holds the byte at ``position`` of a file, and where it begins there."""
+        index = self._at(file, position)
+        return self.plan.tensors[file.tensors[index]], file.offsets[index]
+
+    def _pieces(self, tensor: TensorPlan, begin: int, end: int) -> list[Raw]:
+        """Return views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor."""
+        step = tensor.grid.step * tensor.dtype.itemsize
+        pieces: list[Raw] = []
+        for block in range(begin // step, -(-end // step)):
+            data = self._block(tensor, block)
+            pieces.append(data[max(begin - block * step, 0) : end - block * step])
+        return pieces
+
+    def _block(self, tensor: TensorPlan, block: int) -> Raw:
+        """Return one block of the merged tensor from the cache, or compute it."""
+
+        def compute() -> Raw:
+            coefficients = None if tensor.context is None else self._coefficients_of(tensor)
+            with self._resources.slots:
+                return self._compute(tensor, block, coefficients)
+
+        return self._resources.cache.get((self.plan.plan_id, tensor.name, block), compute)
+
+    def _compute(self, tensor: TensorPlan, block: int, coefficients: Any) -> Raw:
+        """Compute one block from the bytes that are bought."""
+        if tensor.context is None:
+            return self._copy(tensor, block)
+        selection = tensor.selection
+        start, _ = tensor.grid.bounds(block)
+        if selection is not None and not selection.computed[block]:
+            stand_in, dtype = self._stand_in(tensor, block)
+            return convert(stand_in, dtype, tensor.compute, tensor.dtype)
+        inputs = [
+            (self._read(tensor, index, block), place.tensor.dtype)
+            if selection is None or selection.read[index, block]
+            else None
+            for index, place in enumerate(tensor.places)
+        ]
+        if any(entry is None for entry in inputs):
+            base = tensor.context.base
+            replacement = self._stand_in(tensor, block) if base is None else inputs[base]
+            inputs = [entry or replacement for entry in inputs]
+        complete = tuple(entry for entry in inputs if entry is not None)
+        merged = run_kernel(self.plan.method, coefficients, complete, tensor.compute, tensor.dtype, start)
+        if not is_finite(merged, tensor.dtype):
+            self._report_non_finite(tensor, complete)
+        return merged
+
+    def _copy(self, tensor: TensorPlan, block: int) -> Raw:
+        """Return a block of a tensor that every model has alike; a strict engine makes sure that they do."""
+        data = self._read(tensor, 0, block)
+        if self._strict and tensor.selection is None:
+            for entry in self.plan.inputs:
+                source = entry.checkpoint.tensors.get(tensor.name)
+                if source is None or entry.checkpoint is tensor.places[0].checkpoint:
+                    continue
+                other = self._bytes(Location(entry.checkpoint, source), tensor, block, Purpose.ANALYSIS)
+                if not np.array_equal(data, other):
+                    raise PlanError(
+                        f"tensor {tensor.name!r} ({tensor.dtype.name}) differs between {self.plan.donor.path} and "
+                        f"{entry.checkpoint.path}; tensors that are not floating-point must agree to be merged"
+                    )
+        return data
+
+    def _read(self, tensor: TensorPlan, index: int, block: int) -> Raw:
+        """Return the bytes of a block of one input, on the account of its role."""
+        purpose = Purpose.BASE
+        if tensor.roles[index] is Role.EXPERT:
+            with self._lock:
+                seen = self._seen.get(tensor.name)
+                if seen is None:
+                    seen = self._seen[tensor.name] = np.zeros((len(tensor.places), tensor.grid.count), dtype=np.bool_)
+                purpose = Purpose.EXPERT_AGAIN if seen[index, block] else Purpose.EXPERT
+                seen[index, block] = True
+        return self._bytes(tensor.places[index], tensor, block, purpose)
+
+    def _stand_in(self, tensor: TensorPlan, block: int) -> tuple[Raw, Any]:
+        """Return the bytes that stand in for what is not bought, and their dtype."""
+        if tensor.stand_in is None:
+            raise PlanError(f"tensor {tensor.name!r}: nothing stands in for blocks that are not bought")
+        return self._bytes(tensor.stand_in, tensor, block, Purpose.BASE), tensor.stand_in.tensor.dtype
+
+    def _bytes(self, place: Location, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+        """Return the bytes of a block at one place."""
+        start, stop = tensor.grid.bounds(block)
+        return place.read(self._resources.reader, start, stop, purpose)
+
+    def _coefficients_of(self, tensor: TensorPlan) -> Any:
+        """Return the coefficients of a tensor, gathering its statistics on the first touch."""
+        context = tensor.context
+        if context is None:
+            raise ValueError("a copied tensor has no coefficients")
+        with self._gathering[tensor.name]:
+            if tensor.name not in self._coefficients:
+                wanted = self.plan.method.statistics(context)
+                answers = self._resources.statistics.answers(wanted, tensor.places, context.base, tensor.compute)
+                self._coefficients[tensor.name] = self.plan.method.coefficients(context, answers)
+            return self._coefficients[tensor.name]
+
+    def _report_non_finite(self, tensor: TensorPlan, inputs: tuple[tuple[Raw, Any], ...]) -> None:
+        """Say, once for each tensor, that a merge has NaN or infinity in it and where they come from."""
+        guilty = [
+            place.describe()
+            for (raw, dtype), place in zip(inputs, tensor.places, strict=True)
+            if not is_finite(raw, dtype)
+        ]
+        cause = f"{guilty[0]} holds some" if guilty else f"values outgrow {tensor.dtype.name}"
+        sentence = (
+            f"the merge of tensor {tensor.name!r} has NaN or infinity in it: {cause}; repair or leave out that model, "
+            "or choose another dtype"
+        )
+        if self._strict:
+            raise NonFiniteError(sentence)
+        with self._lock:
+            if tensor.name in self._reported:
+                return
+            self._reported.add(tensor.name)
+        _LOG.warning("%s", sentence)
+
+
+def source_shards(plan: MergePlan) -> tuple[Shard, ...]:
+    """Return every weight file that a plan reads from."""
+    return tuple(shard for entry in plan.all_inputs for shard in entry.checkpoint.shards)

@@ -1,0 +1,73 @@
+"""Everything that the merged model's directory holds: merged weights, generated files, and the donor's own files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mergefs.checkpoint.source import AuxiliaryFile
+from mergefs.engine.engine import Engine
+from mergefs.engine.resources import Resources
+from mergefs.planner.documents import documents
+from mergefs.planner.plan import MergePlan
+from mergefs.sources.ledger import Purpose
+from mergefs.sources.reader import check_unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    """A file whose bytes were made with the plan."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A weight file, computed as it is read."""
+
+
+_Content = _Generated | _Merged | AuxiliaryFile
+
+
+class ModelFiles:
+    """The files of one merged model by name; what a mount shows, and what ``materialize`` writes."""
+
+    def __init__(self, plan: MergePlan, resources: Resources, strict: bool) -> None:
+        self.plan = plan
+        self.engine = Engine(plan, resources, strict)
+        self._resources = resources
+        self._contents: dict[str, _Content] = {file.name: file for file in plan.donor.auxiliary}
+        self._contents |= {name: _Generated(data) for name, data in documents(plan).items()}
+        self._contents |= {file.name: _Merged() for file in plan.files}
+        self.sizes: Mapping[str, int] = {name: self._size(name) for name in sorted(self._contents)}
+
+    def _size(self, name: str) -> int:
+        content = self._contents[name]
+        if isinstance(content, _Generated):
+            return len(content.data)
+        if isinstance(content, AuxiliaryFile):
+            return content.fingerprint.size
+        return next(file.size for file in self.plan.files if file.name == name)
+
+    def is_merged(self, name: str) -> bool:
+        """Return whether ``name`` is a weight file."""
+        return isinstance(self._contents[name], _Merged)
+
+    def check(self, name: str) -> None:
+        """Raise SourceChangedError when the file can no longer be read as it was planned."""
+        content = self._contents[name]
+        if isinstance(content, _Merged):
+            self.engine.check_sources()
+        elif isinstance(content, AuxiliaryFile):
+            check_unchanged([content])
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes of a file from ``offset``; fewer only where the file ends."""
+        content = self._contents[name]
+        if isinstance(content, _Merged):
+            return self.engine.read_file(name, offset, size)
+        if isinstance(content, _Generated):
+            data = content.data[offset : offset + size]
+        else:
+            wanted = max(min(size, content.fingerprint.size - offset), 0)
+            data = self._resources.reader.read(content, offset, wanted, Purpose.AUXILIARY).tobytes()
+        self._resources.ledger.record_served(len(data))
+        return data

@@ -1,0 +1,47 @@
+"""What all merged models of one process share: catalog, reader, ledger, cache, and how many blocks at once."""
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import Final
+
+from mergefs.catalog.catalog import Catalog
+from mergefs.engine.cache import BlockCache
+from mergefs.sources.ledger import Ledger
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.service import StatisticsService
+
+DEFAULT_CACHE_SIZE: Final = 2**30
+SMALLEST_CACHE_SIZE: Final = 64 * 2**20
+"""Room for the blocks that parallel readers are in the middle of; with less, each would be computed again and again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Shared by every engine of a process. ``slots`` bounds how many blocks are computed at once."""
+
+    catalog: Catalog
+    ledger: Ledger
+    reader: SourceReader
+    cache: BlockCache
+    statistics: StatisticsService
+    slots: threading.BoundedSemaphore
+
+    @classmethod
+    def create(cls, catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE) -> "Resources":
+        """Return resources with a ledger and a cache of their own."""
+        ledger = Ledger()
+        reader = SourceReader(ledger)
+        return cls(
+            catalog=catalog,
+            ledger=ledger,
+            reader=reader,
+            cache=BlockCache(cache_size),
+            statistics=StatisticsService(catalog, reader),
+            slots=threading.BoundedSemaphore(max(2, os.cpu_count() or 2)),
+        )
+
+    def close(self) -> None:
+        """Close files and catalog."""
+        self.reader.close()
+        self.catalog.close()

@@ -1,0 +1,125 @@
+"""From recipes on the command line to the tree that a mount shows."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergefs.catalog import Catalog, default_location
+from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE, Resources
+from mergefs.errors import MergefsError, RecipeError, UsageError
+from mergefs.mount.models import ModelTree, MountedModel, unique_names
+from mergefs.mount.tree import Tree
+from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.layout import DEFAULT_SHARD_SIZE
+from mergefs.progress import Progress, Silence
+from mergefs.recipe.model import load_recipe
+from mergefs.units import format_size
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What ``mergefs mount`` was asked for, beside the recipes. Sizes in bytes."""
+
+    catalog: Path | None = None
+    budget: str | None = None
+    base: str | None = None
+    random_seed: int = 0
+    cache_size: int = DEFAULT_CACHE_SIZE
+    max_shard_size: int = DEFAULT_SHARD_SIZE
+    warm: bool = False
+
+
+def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progress | None = None) -> ModelTree:
+    """Plan every recipe and return the tree of their models.
+
+    One recipe file becomes the root itself; a directory of recipes, or several recipes, become one directory each.
+    Call it in the process that serves: the catalog does not survive a fork.
+    """
+    if options.cache_size < SMALLEST_CACHE_SIZE:
+        raise UsageError(
+            f"--cache-size {format_size(options.cache_size)} is too small for the blocks that parallel readers are in "
+            f"the middle of; give at least {format_size(SMALLEST_CACHE_SIZE)}"
+        )
+    files = expand_recipes(recipes)
+    rooted = len(recipes) == 1 and not recipes[0].is_dir()
+    resources = Resources.create(Catalog(options.catalog or default_location()), options.cache_size)
+    try:
+        names = unique_names(files)
+        models = [
+            MountedModel(name, _model(path, options, resources, progress or Silence()))
+            for path, name in zip(files, names, strict=True)
+        ]
+    except BaseException:
+        resources.close()
+        raise
+    stop = threading.Event()
+    warmer = _start_warming(models, stop) if options.warm else None
+
+    def close() -> None:
+        stop.set()
+        if warmer is not None:
+            warmer.join()
+        resources.close()
+
+    return ModelTree(models, rooted, resources, close)
+
+
+def source_paths(tree: Tree) -> tuple[Path, ...]:
+    """Return the model directories that ``tree`` reads from."""
+    return tree.sources if isinstance(tree, ModelTree) else ()
+
+
+def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the recipe files that are meant: those named, and those in the directories that are named."""
+    files: list[Path] = []
+    for path in recipes:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".yml", ".yaml") and entry.is_file())
+        if not found:
+            raise RecipeError(f"{path}: has no recipe; put mergekit configs ending in .yml or .yaml there")
+        files += found
+    return tuple(files)
+
+
+def _model(path: Path, options: BuildOptions, resources: Resources, progress: Progress) -> ModelFiles:
+    """Plan one recipe."""
+    plan_options = PlanOptions(options.budget, options.base, options.random_seed, options.max_shard_size)
+    plan = make_plan(load_recipe(path), plan_options, resources.catalog, resources.ledger, progress)
+    for note in plan.notes:
+        _LOG.info("%s: %s", path, note)
+    _LOG.info(
+        "%s: plan %s, %s of output from %s of %s of experts",
+        path,
+        plan.plan_id,
+        format_size(plan.outcome.output_bytes),
+        format_size(plan.outcome.expert_bytes_planned),
+        format_size(plan.outcome.expert_bytes_total),
+    )
+    return ModelFiles(plan, resources, strict=False)
+
+
+def _start_warming(models: Sequence[MountedModel], stop: threading.Event) -> threading.Thread:
+    """Gather the statistics of every tensor in the background."""
+
+    def warm() -> None:
+        for model in models:
+            for name in model.files.plan.tensors:
+                if stop.is_set():
+                    return
+                try:
+                    model.files.engine.gather_statistics(name)
+                except MergefsError as error:
+                    _LOG.warning("warming stopped: %s", error)
+                    return
+        _LOG.info("statistics of all tensors are gathered")
+
+    thread = threading.Thread(target=warm, name="warm", daemon=True)
+    thread.start()
+    return thread

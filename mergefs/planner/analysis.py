@@ -1,0 +1,98 @@
+"""The analysis pass over a family: hashes and block statistics of every tensor, only of what is not known yet."""
+
+from collections.abc import Iterable, Sequence
+
+from mergefs.catalog.catalog import Catalog
+from mergefs.catalog.records import CheckpointRecord
+from mergefs.checkpoint.checkpoint import Checkpoint
+from mergefs.methods.contract import Method
+from mergefs.planner.plan import Role, TensorPlan
+from mergefs.progress import Progress
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.blocks import analyze_tensor, hash_tensor, known_deltas
+from mergefs.statistics.identity import checkpoint_identity, local_key
+from mergefs.statistics.pair import Location
+from mergefs.statistics.service import StatisticsService
+
+_FLUSH_BYTES = 256 * 2**20
+
+
+def analyze_family(
+    tensors: Sequence[TensorPlan],
+    checkpoints: Iterable[Checkpoint],
+    catalog: Catalog,
+    reader: SourceReader,
+    progress: Progress,
+) -> None:
+    """Make sure that the catalog has the hashes of all ``checkpoints`` and the block statistics of all ``tensors``.
+
+    What is done is kept every so often, so an interrupted analysis goes on where it was.
+    """
+    work = [(tensor, places) for tensor in tensors if (places := _missing(tensor, catalog))]
+    covered = {local_key(place) for _, places in work for place in places}
+    rest = [
+        place
+        for checkpoint in checkpoints
+        for place in (Location(checkpoint, source) for source in checkpoint.tensors.values())
+        if (key := local_key(place)) not in covered and catalog.content(key) is None
+    ]
+    total = sum(p.tensor.nbytes for _, places in work for p in places) + sum(p.tensor.nbytes for p in rest)
+    if not total:
+        return
+    progress.start("analysing", total)
+    unwritten = 0
+    for tensor, places in work:
+        analyze_tensor(places, 0, tensor.compute, catalog, reader)
+        unwritten = _advance(sum(p.tensor.nbytes for p in places), unwritten, catalog, progress)
+    for place in rest:
+        hash_tensor(place, catalog, reader)
+        unwritten = _advance(place.tensor.nbytes, unwritten, catalog, progress)
+    catalog.flush()
+    progress.finish()
+
+
+def gather_statistics(
+    tensors: Sequence[TensorPlan], method: Method[object], service: StatisticsService, progress: Progress
+) -> None:
+    """Make sure that the catalog has every statistic that the method asks for, so that no read has to gather one."""
+    wanted = [(t, t.context, s) for t in tensors if t.context is not None and (s := method.statistics(t.context))]
+    total = sum(tensor.expert_bytes for tensor, _, _ in wanted)
+    if not total:
+        return
+    progress.start("gathering statistics", total)
+    for tensor, context, statistics in wanted:
+        service.answers(statistics, tensor.places, context.base, tensor.compute)
+        progress.advance(tensor.expert_bytes)
+    progress.finish()
+
+
+def record_checkpoints(checkpoints: Iterable[Checkpoint], catalog: Catalog) -> None:
+    """Write down which models have been seen, and by which identity."""
+    for checkpoint in checkpoints:
+        identity = checkpoint_identity(checkpoint, catalog)
+        content = None if identity == checkpoint.local_identity else identity
+        record = CheckpointRecord(str(checkpoint.path), len(checkpoint.tensors), checkpoint.total_bytes, content)
+        if catalog.checkpoint(checkpoint.local_identity) != record:
+            catalog.keep_checkpoint(checkpoint.local_identity, record)
+
+
+def _missing(tensor: TensorPlan, catalog: Catalog) -> tuple[Location, ...]:
+    """Return the base and the experts whose deltas are not known; nothing where all are."""
+    if tensor.context is None or tensor.stand_in is None:
+        return ()
+    experts = [
+        place
+        for place, role in zip(tensor.places, tensor.roles, strict=True)
+        if role is Role.EXPERT and known_deltas(place, tensor.stand_in, tensor.compute, catalog) is None
+    ]
+    return (tensor.stand_in, *experts) if experts else ()
+
+
+def _advance(size: int, unwritten: int, catalog: Catalog, progress: Progress) -> int:
+    """Report ``size`` bytes done, and write to the catalog when enough has gathered."""
+    progress.advance(size)
+    unwritten += size
+    if unwritten < _FLUSH_BYTES:
+        return unwritten
+    catalog.flush()
+    return 0

@@ -1,0 +1,96 @@
+"""The files of the merged model that are not weights: config.json, the model card, the recipe, mergefs.json."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mergefs.checkpoint.checkpoint import Checkpoint
+from mergefs.methods.contract import Method
+from mergefs.planner.layout import index_json
+from mergefs.planner.plan import MergePlan
+from mergefs.recipe.model import Recipe
+from mergefs.units import format_size
+
+
+def documents(plan: MergePlan) -> dict[str, bytes]:
+    """Return the generated files of the merged model by name."""
+    files = {
+        "README.md": _model_card(plan).encode(),
+        "mergefs.json": _provenance(plan),
+        "mergekit_config.yml": plan.recipe.text.encode(),
+    }
+    config = _config(plan.donor, plan.recipe)
+    if config is not None:
+        files["config.json"] = config
+    if len(plan.files) > 1:
+        files["model.safetensors.index.json"] = index_json(
+            plan.files, sum(tensor.nbytes for tensor in plan.tensors.values())
+        )
+    return files
+
+
+def _config(donor: Checkpoint, recipe: Recipe) -> bytes | None:
+    """Return config.json with the dtype of the recipe, or None where the donor's own can stay as it is."""
+    dtype = recipe.out_dtype or recipe.dtype
+    if dtype is None:
+        return None
+    config = dict(donor.config)
+    if all(config.get(key) == dtype.torch_name for key in ("dtype", "torch_dtype") if key in config) and (
+        "dtype" in config or "torch_dtype" in config
+    ):
+        return None
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(keys, dtype.torch_name))
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _provenance(plan: MergePlan) -> bytes:
+    """Return mergefs.json: what the model is made of. Nothing in it depends on the machine or on the time."""
+    content: Mapping[str, Any] = {
+        "format": 1,
+        "plan_id": plan.plan_id,
+        "method": plan.method.specification.name,
+        "recipe": plan.recipe.text,
+        "inputs": [
+            {"reference": entry.reference, "role": entry.role.value, "identity": entry.identity}
+            for entry in plan.inputs
+        ],
+        "stand_in": None
+        if plan.stand_in is None
+        else {"reference": plan.stand_in.reference, "identity": plan.stand_in.identity},
+        "budget": {
+            "budget_bytes": plan.outcome.budget_bytes,
+            "expert_bytes_total": plan.outcome.expert_bytes_total,
+            "expert_bytes_planned": plan.outcome.expert_bytes_planned,
+        },
+        "random_seed": plan.random_seed,
+        "max_shard_size": plan.max_shard_size,
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _model_card(plan: MergePlan) -> str:
+    """Return README.md with the front matter that model hubs read."""
+    names = [entry.reference for entry in plan.inputs]
+    front = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in names), "library_name: transformers"]
+    front += ["tags:", "- mergefs", "- mergekit", "- merge", "---"]
+    return "\n".join(front) + "\n\n" + _card_text(plan, plan.method)
+
+
+def _card_text(plan: MergePlan, method: Method[Any]) -> str:
+    """Return the text of the model card."""
+    outcome = plan.outcome
+    read = "every expert byte was planned to be read"
+    if outcome.budget_bytes is not None and outcome.expert_bytes_planned < outcome.expert_bytes_total:
+        read = (
+            f"{format_size(outcome.expert_bytes_planned)} of {format_size(outcome.expert_bytes_total)} expert bytes "
+            "were planned to be read"
+        )
+    specification = method.specification
+    inputs = "\n".join(f"* `{entry.reference}` ({entry.role.value})" for entry in plan.inputs)
+    return (
+        "# A merged model\n\n"
+        f"Merged by mergefs with the method [{specification.title}]({specification.reference}); {read}.\n\n"
+        f"## Models\n\n{inputs}\n\n"
+        f"## Recipe\n\n```yaml\n{plan.recipe.text.rstrip()}\n```\n"
+    )

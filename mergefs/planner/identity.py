@@ -1,0 +1,68 @@
+"""The identity of a plan: a hash of everything that its bytes depend on, and of nothing else."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from blake3 import blake3
+
+from mergefs.planner.plan import PlanInput, TensorPlan
+from mergefs.recipe.model import Recipe
+from mergefs.recipe.settings import Settings
+
+_LOCAL = "local-"
+
+
+def plan_identity(
+    recipe: Recipe,
+    inputs: Sequence[PlanInput],
+    stand_in: PlanInput | None,
+    tensors: Sequence[TensorPlan],
+    random_seed: int,
+    max_shard_size: int,
+) -> str:
+    """Return the plan's id; it starts with ``local-`` while the contents of an input are not known.
+
+    The path of a model is not part of it, nor is the budget: two budgets that buy the same blocks are one plan.
+    """
+    everything = [*inputs, *([stand_in] if stand_in else [])]
+    content = {
+        "format": 1,
+        "method": recipe.method,
+        "dtype": recipe.dtype.name if recipe.dtype else None,
+        "out_dtype": recipe.out_dtype.name if recipe.out_dtype else None,
+        "parameters": _plain(recipe.parameters),
+        "models": [
+            {"identity": entry.identity, "role": entry.role.value, "parameters": _plain(listed.parameters)}
+            for entry, listed in zip(inputs, recipe.inputs(), strict=True)
+        ],
+        "stand_in": stand_in.identity if stand_in else None,
+        "random_seed": random_seed,
+        "max_shard_size": max_shard_size,
+        "selection": _selection_digest(tensors),
+    }
+    digest = blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=16)
+    local = any(entry.identity.startswith(_LOCAL) for entry in everything)
+    return (_LOCAL if local else "") + digest
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Return settings as JSON types, with the kind of each so that no two mean the same text."""
+    return {
+        name: {type(value).__name__: dataclasses.asdict(value)} if dataclasses.is_dataclass(value) else value
+        for name, value in settings.items()
+    }
+
+
+def _selection_digest(tensors: Sequence[TensorPlan]) -> str | None:
+    """Return a hash of which blocks are bought, None where all of them are."""
+    if all(tensor.selection is None for tensor in tensors):
+        return None
+    hasher = blake3()
+    for tensor in tensors:
+        hasher.update(tensor.name.encode() + b"\0")
+        if tensor.selection is not None:
+            for rows in (tensor.selection.bought, tensor.selection.computed):
+                hasher.update(rows.tobytes())
+    return hasher.hexdigest(length=16)

@@ -1,0 +1,58 @@
+"""The ledger: what was really read, and for what."""
+
+import threading
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Purpose(Enum):
+    """Why bytes of a source are read."""
+
+    EXPERT = "expert"  # paid for by the budget
+    EXPERT_AGAIN = "expert again"  # bytes that were paid for before and that a cache has dropped since
+    BASE = "base"
+    ANALYSIS = "analysis"
+    AUXILIARY = "auxiliary"  # tokenizer files and the like
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerTotals:
+    """Bytes read by purpose, and bytes served to readers."""
+
+    expert_bytes_read: int
+    expert_bytes_reread: int
+    base_bytes_read: int
+    analysis_bytes_read: int
+    auxiliary_bytes_read: int
+    bytes_served: int
+
+
+class Ledger:
+    """Counts bytes; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read = dict.fromkeys(Purpose, 0)
+        self._served = 0
+
+    def record_read(self, purpose: Purpose, size: int) -> None:
+        """Add ``size`` bytes that came from a source."""
+        with self._lock:
+            self._read[purpose] += size
+
+    def record_served(self, size: int) -> None:
+        """Add ``size`` bytes that a reader of the merged model was given."""
+        with self._lock:
+            self._served += size
+
+    def totals(self) -> LedgerTotals:
+        """Return all counts at one moment."""
+        with self._lock:
+            return LedgerTotals(
+                expert_bytes_read=self._read[Purpose.EXPERT],
+                expert_bytes_reread=self._read[Purpose.EXPERT_AGAIN],
+                base_bytes_read=self._read[Purpose.BASE],
+                analysis_bytes_read=self._read[Purpose.ANALYSIS],
+                auxiliary_bytes_read=self._read[Purpose.AUXILIARY],
+                bytes_served=self._served,
+            )

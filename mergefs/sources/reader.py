@@ -1,0 +1,152 @@
+"""Reads ranges of source files with ``pread``: never mapped, every byte in the ledger, every file checked.
+
+A file is checked against the fingerprint that the plan was made from when it is opened, and again on request; what
+cannot be read becomes one of two errors: the file changed, or the operating system failed.
+"""
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
+from mergefs.errors import SourceChangedError, SourceReadError
+from mergefs.kernels.precision import Raw
+from mergefs.sources.ledger import Ledger, Purpose
+
+SourceFile = Shard | AuxiliaryFile
+
+_ADVICE = {
+    Purpose.EXPERT: os.POSIX_FADV_RANDOM,  # or read-ahead reads half as much again as the budget pays for
+    Purpose.EXPERT_AGAIN: os.POSIX_FADV_RANDOM,
+    Purpose.BASE: os.POSIX_FADV_NORMAL,
+    Purpose.ANALYSIS: os.POSIX_FADV_SEQUENTIAL,
+    Purpose.AUXILIARY: os.POSIX_FADV_NORMAL,
+}
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    """A descriptor and how many reads are using it."""
+
+    descriptor: int
+    users: int = 0
+
+
+class SourceReader:
+    """Reads from source files on behalf of many threads, keeping at most ``open_files`` of them open."""
+
+    def __init__(self, ledger: Ledger, open_files: int = 128) -> None:
+        self._ledger = ledger
+        self._limit = open_files
+        self._lock = threading.Lock()
+        self._files: OrderedDict[tuple[Path, Fingerprint, int], _OpenFile] = OrderedDict()
+
+    def read(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
+        """Return ``size`` bytes of ``source`` from ``offset``, as a fresh writable array.
+
+        Raises SourceChangedError when the file is not the planned one or has become shorter, SourceReadError when the
+        operating system fails.
+        """
+        buffer: Raw = np.empty(size, dtype=np.uint8)
+        view = buffer.data
+        done = 0
+        with self._borrow(source, _ADVICE[purpose]) as descriptor:
+            while done < size:
+                try:
+                    count = os.preadv(descriptor, [view[done:]], offset + done)
+                except OSError as error:
+                    raise SourceReadError(
+                        f"{source.path}: reading {size} bytes at offset {offset} failed: "
+                        f"{os.strerror(error.errno or 0)}; check the disk that it lies on"
+                    ) from error
+                if count == 0:
+                    raise SourceChangedError(
+                        f"{source.path}: ends before byte {offset + size}, which it had when the plan was made; "
+                        "restore the file, or plan again"
+                    )
+                done += count
+        self._ledger.record_read(purpose, size)
+        return buffer
+
+    def close(self) -> None:
+        """Close every file. No read may be under way."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1].descriptor)
+
+    @contextmanager
+    def _borrow(self, source: SourceFile, advice: int) -> Iterator[int]:
+        """Lend an open descriptor that nobody closes meanwhile."""
+        key = (source.path, source.fingerprint, advice)
+        with self._lock:
+            file = self._files.get(key)
+            if file is None:
+                file = self._files[key] = _OpenFile(_open_checked(source, advice))
+            self._files.move_to_end(key)
+            file.users += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+                self._evict()
+
+    def _evict(self) -> None:
+        """Close the longest unused files above the limit; files in use stay."""
+        if len(self._files) <= self._limit:
+            return
+        idle = [key for key, file in self._files.items() if file.users == 0]
+        for key in idle[: len(self._files) - self._limit]:
+            os.close(self._files.pop(key).descriptor)
+
+
+def check_unchanged(sources: Iterable[SourceFile]) -> None:
+    """Raise SourceChangedError naming the first file that is no longer the one the plan was made from."""
+    for source in sources:
+        try:
+            status = source.path.stat()
+        except OSError as error:
+            raise _gone(source, error) from error
+        _compare(source, status)
+
+
+def _open_checked(source: SourceFile, advice: int) -> int:
+    """Open ``source`` and make sure that it is the file that was planned."""
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _gone(source, error) from error
+    try:
+        _compare(source, os.fstat(descriptor))
+        os.posix_fadvise(descriptor, 0, 0, advice)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _compare(source: SourceFile, status: os.stat_result) -> None:
+    """Raise SourceChangedError unless ``status`` has the planned fingerprint."""
+    found = Fingerprint.of(status)
+    if found != source.fingerprint:
+        names = ("size", "mtime_ns", "ctime_ns", "inode", "device")
+        changed = [name for name in names if getattr(found, name) != getattr(source.fingerprint, name)]
+        raise SourceChangedError(
+            f"{source.path}: changed since the plan was made ({', '.join(changed)} differ); mount or plan again"
+        )
+
+
+def _gone(source: SourceFile, error: OSError) -> SourceChangedError | SourceReadError:
+    """Return the error for a source that cannot be opened."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return SourceChangedError(f"{source.path}: is gone since the plan was made; restore it, or plan again")
+    return SourceReadError(
+        f"{source.path}: cannot be opened: {os.strerror(error.errno or 0)}; check its permissions and its disk"
+    )

@@ -1,0 +1,113 @@
+"""Block statistics: how much each block of an expert differs from the base, and what its bytes are."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from mergefs.catalog.catalog import Catalog
+from mergefs.catalog.records import ContentRecord, DeltaRecord
+from mergefs.checkpoint.dtypes import DType
+from mergefs.errors import NonFiniteError
+from mergefs.kernels.precision import Array, Raw, load
+from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.ledger import Purpose
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.identity import KEY_BYTES, digest, local_key, tensor_keys
+from mergefs.statistics.pair import Location
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDeltas:
+    """Of each block of one expert's tensor: the squared norm of the delta, and how many elements differ in any bit."""
+
+    squared_norms: NDArray[np.float32]
+    changed: NDArray[np.uint32]
+
+
+def delta_keys(expert: Location, base: Location, compute: DType, catalog: Catalog) -> list[bytes]:
+    """Return the keys that the block statistics of a delta may be kept under, the best first."""
+    options = [tensor_keys(place, catalog) for place in (expert, base)]
+    both = dict.fromkeys((tuple(keys[0] for keys in options), tuple(keys[-1] for keys in options)))
+    return [digest("delta", compute.name, *keys) for keys in both]
+
+
+def known_deltas(expert: Location, base: Location, compute: DType, catalog: Catalog) -> BlockDeltas | None:
+    """Return the block statistics from the catalog, or None."""
+    for key in delta_keys(expert, base, compute, catalog):
+        record = catalog.delta(key)
+        if record is not None:
+            return BlockDeltas(
+                np.frombuffer(record.squared_norms, dtype="<f4"), np.frombuffer(record.changed, dtype="<u4")
+            )
+    return None
+
+
+def analyze_tensor(
+    places: tuple[Location, ...], base: int, compute: DType, catalog: Catalog, reader: SourceReader
+) -> None:
+    """Read one tensor of a family once and keep its hashes and, against ``places[base]``, its block statistics.
+
+    Raises NonFiniteError naming the first tensor that holds a NaN or an infinity.
+    """
+    grid = BlockGrid.of(places[base].tensor.shape)
+    norms = np.zeros((len(places), grid.count), dtype=np.float32)
+    changed = np.zeros((len(places), grid.count), dtype=np.uint32)
+    hashers = [_ContentHasher() for _ in places]
+    for block, (start, stop) in enumerate(grid):
+        raws = [place.read(reader, start, stop, Purpose.ANALYSIS) for place in places]
+        values = [load(raw, place.tensor.dtype, compute) for raw, place in zip(raws, places, strict=True)]
+        for index, (raw, hasher) in enumerate(zip(raws, hashers, strict=True)):
+            hasher.update(raw)
+            if not np.isfinite(values[index]).all():
+                raise _non_finite(places[index], values[index], start)
+            if index != base:
+                delta = values[index].astype(np.float64) - values[base]
+                norms[index, block] = np.float32((delta * delta).sum())
+                bits = f"u{delta.dtype.itemsize}" if compute.bits == 64 else "u4"
+                changed[index, block] = np.count_nonzero(values[index].view(bits) != values[base].view(bits))
+    for place, hasher in zip(places, hashers, strict=True):
+        catalog.keep_content(local_key(place), hasher.record())
+    digests = [hasher.record().digest for hasher in hashers]
+    for index in range(len(places)):
+        if index != base:
+            key = digest("delta", compute.name, digests[index], digests[base])
+            catalog.keep_delta(
+                key,
+                DeltaRecord(norms[index].astype("<f4").tobytes(), changed[index].astype("<u4").tobytes()),
+            )
+
+
+def hash_tensor(place: Location, catalog: Catalog, reader: SourceReader) -> None:
+    """Read one tensor that has no deltas (integers, the base alone) and keep its hashes."""
+    hasher = _ContentHasher()
+    for start, stop in BlockGrid.of(place.tensor.shape):
+        hasher.update(place.read(reader, start, stop, Purpose.ANALYSIS))
+    catalog.keep_content(local_key(place), hasher.record())
+
+
+class _ContentHasher:
+    """Hashes a tensor as a whole and block by block."""
+
+    def __init__(self) -> None:
+        self._whole = blake3()
+        self._blocks: list[bytes] = []
+
+    def update(self, raw: Raw) -> None:
+        """Add the next block."""
+        self._whole.update(raw.data)
+        self._blocks.append(blake3(raw.data).digest())
+
+    def record(self) -> ContentRecord:
+        """Return what is to be kept."""
+        return ContentRecord(self._whole.digest(length=KEY_BYTES), b"".join(self._blocks))
+
+
+def _non_finite(place: Location, values: Array, start: int) -> NonFiniteError:
+    """Return the error that names the first bad element."""
+    position = int(np.flatnonzero(~np.isfinite(values))[0])
+    return NonFiniteError(
+        f"{place.describe()} holds {values[position]} at element {start + position}, and no merge of it can be right; "
+        "repair the checkpoint or leave the model out"
+    )
