@@ -68,9 +68,12 @@ def _declared_scheme(config: Mapping[str, Any]) -> str | None:
 
 
 def _revealed_scheme(tensors: _Tensors) -> tuple[str, str, str] | None:
-    """Return (scheme, tensor, what gives it away) of the first tensor that is no plain weight, or None."""
-    for name, tensor in tensors.items():
-        for test in _TESTS:
+    """Return (scheme, tensor, what gives it away) of the first tensor that is no plain weight, or None.
+
+    The tests that know a scheme by name go first over all tensors: codes look alike, what lies beside them does not.
+    """
+    for test in _TESTS:
+        for name, tensor in tensors.items():
             found = test(name, tensor, tensors)
             if found is not None:
                 return found[0], name, found[1]
