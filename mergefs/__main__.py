@@ -1,0 +1,7 @@
+"""``python -m mergefs``."""
+
+import sys
+
+from mergefs.cli import main
+
+sys.exit(main())

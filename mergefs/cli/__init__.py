@@ -1,0 +1,95 @@
+"""The command line: one thin command for each capability, and one rule for errors."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from mergefs.errors import MergefsError
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 a clear error on stderr, 2 wrong usage, 130 Ctrl-C.
+
+    ``arguments`` are those of the process when left out. No traceback reaches the user, except with ``--verbose``.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = _run(given)
+        # A full disk, or a reader that has gone, shows here and not at the interpreter's end.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    except Exception as error:
+        return _report_bug(error, given)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command and turn the errors that are meant for people into an exit status."""
+    from mergefs.cli.group import cli
+
+    try:
+        result = cli.main(args=arguments, prog_name="mergefs", standalone_mode=False)
+    except MergefsError as error:
+        _say(f"error: {error}")
+        return error.exit_status
+    except click.UsageError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        _say(f"error: {error.format_message()}")
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
+        return _INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence for people on stderr."""
+    click.echo(f"mergefs: {sentence}", err=True)
+
+
+def _leave_broken_pipe() -> int:
+    """Give up quietly, as programs do whose output nobody reads any more."""
+    import os
+
+    # The interpreter flushes stdout once more at its end, which must not raise again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _report_bug(error: Exception, arguments: list[str]) -> int:
+    """Say in one sentence that this is our mistake, and where the details are."""
+    import traceback
+
+    details = "".join(traceback.format_exception(error))
+    if {"-v", "--verbose"} & set(arguments):
+        click.echo(details, err=True, nl=False)
+    try:
+        where = f"and {_write_details(details, arguments)} has the details"
+    except OSError:
+        where = "and `mergefs --verbose` shows the details"
+    _say(f"error: internal error ({type(error).__name__}: {error}); this is a bug, {where}")
+    return 1
+
+
+def _write_details(details: str, arguments: list[str]) -> Path:
+    """Append the traceback to the log file of this run and return its path. Raises OSError."""
+    from mergefs.cli.settings import Settings
+    from mergefs.mount.logs import default_log_file
+
+    context = click.get_current_context(silent=True)
+    settings = context.obj if context is not None else None
+    path = settings.log_file if isinstance(settings, Settings) else None
+    if path is None:
+        path = default_log_file("internal-error")
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+        log.write(f"mergefs {' '.join(arguments)}\n{details}")
+    return path

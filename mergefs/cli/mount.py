@@ -1,0 +1,81 @@
+"""``mergefs mount``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergefs.cli.options import cache_size_option, max_shard_size_option, recipe_options
+from mergefs.cli.settings import Settings, absolute
+
+if TYPE_CHECKING:
+    from mergefs.mount.tree import Tree
+
+
+@click.command(name="mount")
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("mountpoint", metavar="MOUNTPOINT", type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--foreground", is_flag=True, help="Serve in this process, with the log on stderr (systemd, containers).")
+@cache_size_option
+@max_shard_size_option
+@click.option("--allow-other", is_flag=True, help="Let other users read the mount too.")
+@click.option("--warm", is_flag=True, help="Gather in the background the statistics that reads will need.")
+@click.pass_obj
+def command(
+    settings: Settings,
+    recipes: tuple[Path, ...],
+    mountpoint: Path,
+    budget: str | None,
+    base: str | None,
+    random_seed: int,
+    foreground: bool,
+    cache_size: int,
+    max_shard_size: int,
+    allow_other: bool,
+    warm: bool,
+) -> None:
+    """Show merged models as a read-only directory.
+
+    One RECIPE makes MOUNTPOINT the model's directory; several, or a directory of recipes, make one directory for each.
+    Returns when the mount answers.
+    """
+    from mergefs.mount.daemon import MountOptions, refuse_sources_inside, serve
+    from mergefs.mount.mountinfo import resolve_mountpoint
+
+    target = resolve_mountpoint(mountpoint)
+    paths = tuple(absolute(recipe) for recipe in recipes)
+
+    def build() -> "Tree":
+        """Build the tree; called in the process that serves it, because what this imports must not be forked."""
+        from mergefs.mount.build import BuildOptions, build_tree, source_paths
+
+        tree = build_tree(
+            paths,
+            BuildOptions(
+                catalog=settings.catalog,
+                budget=budget,
+                base=base,
+                random_seed=random_seed,
+                cache_size=cache_size,
+                max_shard_size=max_shard_size,
+                warm=warm,
+            ),
+        )
+        try:
+            refuse_sources_inside(target, (*paths, *source_paths(tree)))
+        except BaseException:
+            tree.close()
+            raise
+        return tree
+
+    serve(
+        MountOptions(
+            mountpoint=target,
+            foreground=foreground,
+            allow_other=allow_other,
+            log_file=settings.log_file,
+            verbose=settings.verbose,
+        ),
+        build,
+    )

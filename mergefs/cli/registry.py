@@ -1,0 +1,27 @@
+"""The table of commands. Listing them imports none of them."""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command lives, and its one line in ``mergefs --help``."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
+# In the order of ``mergefs --help``.
+COMMANDS: Final[dict[str, Entry]] = {
+    "mount": Entry("mergefs.cli.mount", "command", "Show merged models as a directory, without writing them."),
+    "umount": Entry("mergefs.cli.umount", "command", "Take a mount away."),
+    "status": Entry("mergefs.cli.status", "command", "Show the mounts, and what they have read and served."),
+    "analyze": Entry("mergefs.cli.analyze", "command", "Gather the statistics that budgets choose by."),
+    "plan": Entry("mergefs.cli.plan", "command", "Show what a recipe reads and what it costs."),
+    "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
+    "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),
+    "catalog": Entry("mergefs.cli.catalog", "command", "Look into the catalog."),
+    "demo": Entry("mergefs.cli.demo", "command", "Train a small family, merge it, mount it, and measure it."),
+}

@@ -1,0 +1,86 @@
+"""The log of a server, and of failures: where it is kept, and how logging is set up to write it."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from mergefs.errors import MountError
+
+_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _SentenceFormatter(logging.Formatter):
+    """Records as one line for people: ``mergefs: warning: ...``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"mergefs: {record.levelname.lower()}: {super().format(record)}"
+
+
+def log_directory() -> Path:
+    """Return the directory for log files, made if need be; a new temporary one when the user's cannot be written."""
+    try:
+        base = os.environ.get("XDG_STATE_HOME")
+        state = Path(base) if base and Path(base).is_absolute() else Path.home() / ".local" / "state"
+        directory = state / "mergefs" / "log"
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        pass
+    return Path(tempfile.mkdtemp(prefix="mergefs-log-"))
+
+
+def default_log_file(name: str) -> Path:
+    """Return the path of this process's log file; ``name`` says for people what it is about."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:100] or "root"
+    return log_directory() / f"{safe}-{os.getpid()}.log"
+
+
+def set_levels(verbose: bool) -> None:
+    """Let through what is ours from INFO (DEBUG when ``verbose``) and warnings of everybody else."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("mergefs").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.captureWarnings(True)
+
+
+def add_file(path: Path) -> logging.Handler:
+    """Write all records to the file ``path`` too. Raises MountError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise MountError(f"cannot write the log file {path}: {error.strerror}; name another with --log-file") from error
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def add_terminal(level: int) -> logging.Handler:
+    """Write records from ``level`` on to stderr as sentences for people."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    handler.setFormatter(_SentenceFormatter("%(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def add_stream() -> logging.Handler:
+    """Write all records to stderr as a log, for a server in the foreground."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def remove_handlers() -> None:
+    """Forget every handler that was set up before."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
