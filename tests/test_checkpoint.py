@@ -1,5 +1,6 @@
 """Opening model directories: which files count, what is refused and in which words."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ from checkpoints import family, llama_config, llama_tensors, write_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mergefs.checkpoint import DTYPES, Checkpoint, encode_header, open_checkpoint
+from mergefs.checkpoint import DTYPES, Checkpoint, Fingerprint, encode_header, open_checkpoint
 from mergefs.checkpoint.auxiliary import LARGEST_UNKNOWN_BYTES
 from mergefs.errors import CheckpointError, SourceReadError, UnsupportedCheckpointError
 
@@ -728,6 +729,34 @@ def test_the_local_identity_changes_with_any_change_of_a_shard(tmp_path: Path, c
     assert after.local_identity != before.local_identity
     assert after.shards[0] == before.shards[0]
     assert after.shards[1].fingerprint != before.shards[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("field", "matters"),
+    [("size", True), ("mtime_ns", True), ("ctime_ns", True), ("inode", True), ("device", False)],
+)
+def test_the_local_identity_depends_on_each_mark_of_a_file_but_the_device(
+    tmp_path: Path, field: str, matters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, weights(), {})
+    before = open_checkpoint(tmp_path).local_identity
+    real = Fingerprint.of
+
+    def other(status: os.stat_result) -> Fingerprint:
+        mark = real(status)
+        return dataclasses.replace(mark, **{field: getattr(mark, field) + 1})
+
+    monkeypatch.setattr(Fingerprint, "of", other)
+    assert (open_checkpoint(tmp_path).local_identity != before) is matters
+
+
+def test_the_local_identity_depends_on_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fingerprint, "of", lambda status: Fingerprint(1, 2, 3, 4, 5))
+    identities = set()
+    for name in ("v", "w"):
+        directory_with(tmp_path, {"model.safetensors": {name: torch.ones(2)}})
+        identities.add(open_checkpoint(tmp_path).local_identity)
+    assert len(identities) == 2
 
 
 def test_different_models_have_different_identities(tmp_path: Path) -> None:
