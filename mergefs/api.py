@@ -59,11 +59,11 @@ class TensorSlice:
             row = first + shape[0] if first < 0 else first
             if not 0 <= row < shape[0]:
                 raise IndexError(f"index {first} is out of bounds for dimension 0 with size {shape[0]}")
-            return self._rows(row, row + 1)[(0, *whole[1:])]
+            return self._rows(row, row + 1)[(0,) + whole[1:]]
         start, stop, step = first.indices(shape[0])
         if step < 1:
             raise ValueError(f"tensor slices go forward, and the step is {step}")
-        return self._rows(start, max(start, stop))[(slice(None, None, step), *whole[1:])]
+        return self._rows(start, max(start, stop))[(slice(None, None, step),) + whole[1:]]
 
     def _rows(self, start: int, stop: int) -> "torch.Tensor":
         """Return entries ``start`` to ``stop`` of the first dimension."""

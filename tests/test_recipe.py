@@ -296,12 +296,6 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
         ("dtype: bfloat16", "dtype: 16", 10, ("'dtype' must be one of", "not 16")),
         # the wrong place
         ("{weight: 0.25}", "{weight: 1, normalize: true}", 7, ("'normalize'", "'code'", "at top level")),
-        (
-            "- model: math",
-            "- model: base\n    parameters: {density: 1}\n  - model: math",
-            5,
-            ("'density' has no effect for 'base'", "base model of this ties merge", "remove"),
-        ),
         # what is missing
         ("{weight: 0.25}", "{density: 0.25}", 6, ("'weight'", "for model 'code'", "of that model", "at top level")),
         # YAML

@@ -152,7 +152,7 @@ def parse_recipe(text: str, origin: str, directory: Path | None = None) -> Recip
         raise document.place.error("the recipe has no models; list them under 'models', each as `- model: PATH`")
     recipe = Recipe(
         method=method.name,
-        models=_models(models_entry, method, base),
+        models=_models(models_entry, method),
         base=base,
         dtype=_dtype(document.get("dtype")),
         out_dtype=_dtype(document.get("out_dtype")),
@@ -212,7 +212,7 @@ def _text(entry: Entry, wanted: str) -> str:
     return item.value
 
 
-def _models(entry: Entry, method: Specification, base: ModelReference | None) -> tuple[ModelInput, ...]:
+def _models(entry: Entry, method: Specification) -> tuple[ModelInput, ...]:
     if not isinstance(entry.value, SequenceItem):
         raise entry.value.place.error(
             f"'models' must be a list, not {describe(entry.value)}; write each model as `- model: PATH`"
@@ -237,7 +237,7 @@ def _models(entry: Entry, method: Specification, base: ModelReference | None) ->
                 "entry and add up the weights"
             )
         lines[model] = model_entry.place.line
-        inputs.append(ModelInput(model, read_settings(item.get("parameters"), method, model.text, model == base)))
+        inputs.append(ModelInput(model, read_settings(item.get("parameters"), method, model.text)))
     return tuple(inputs)
 
 

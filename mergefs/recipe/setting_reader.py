@@ -22,10 +22,10 @@ _BOOL: Final = TypeAdapter(bool)
 _CONDITION_KEYS: Final = ("filter", "value")
 
 
-def read_settings(entry: Entry | None, method: Specification, model: str | None, is_base: bool = False) -> Settings:
+def read_settings(entry: Entry | None, method: Specification, model: str | None) -> Settings:
     """Return the settings of one ``parameters`` table, numbers and truth values converted.
 
-    ``model`` names the model that the table belongs to, None the top level; ``is_base`` says that it is the base.
+    ``model`` names the model that the table belongs to, None the top level.
     Raises RecipeError, with its line, for a name that has no effect there and for a value that does not fit.
     """
     if entry is None:
@@ -40,7 +40,7 @@ def read_settings(entry: Entry | None, method: Specification, model: str | None,
         parameter = method.parameter(item.key)
         if parameter is None:
             raise item.place.error(_unknown_parameter(item.key, method))
-        _check_scope(item, parameter, method, model, is_base)
+        _check_scope(item, parameter, model)
         settings[parameter.name] = _SettingReader(parameter).setting(item)
     return MappingProxyType(settings)
 
@@ -57,18 +57,13 @@ def _unknown_parameter(name: str, method: Specification) -> str:
     return f"{quote(name)} is not a parameter of {method.name}; {takes}"
 
 
-def _check_scope(item: Entry, parameter: Parameter, method: Specification, model: str | None, is_base: bool) -> None:
+def _check_scope(item: Entry, parameter: Parameter, model: str | None) -> None:
     if model is None:
         return
     if parameter.scope is Scope.GLOBAL:
         raise item.place.error(
             f"{parameter.name!r} belongs to the whole merge and has no effect inside the entry of model "
             f"{quote(model)}; move it to the 'parameters' at top level"
-        )
-    if parameter.scope is Scope.PER_EXPERT and is_base:
-        raise item.place.error(
-            f"{parameter.name!r} has no effect for {quote(model)}, which is the base model of this {method.name} "
-            "merge; remove it there"
         )
 
 

@@ -1,0 +1,70 @@
+"""``mergefs analyze``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergefs.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from mergefs.catalog import Catalog
+    from mergefs.progress import Progress
+    from mergefs.sources.ledger import Ledger
+
+
+@click.command(name="analyze")
+@click.argument("targets", metavar="RECIPE_OR_MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="Model to compare the experts with, where a recipe has no base.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@click.pass_obj
+def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_json: bool) -> None:
+    """Read models once and keep what budgets and methods need to know of them.
+
+    A recipe has its models hashed, the deltas of its experts measured, and the statistics of its method gathered. A
+    model directory is hashed. What the catalog knows already is not read again.
+    """
+    from mergefs.catalog import Catalog, default_location
+    from mergefs.cli.output import print_json, print_table
+    from mergefs.cli.progress import progress
+    from mergefs.sources.ledger import Ledger
+    from mergefs.units import format_size
+
+    ledger = Ledger()
+    identities: dict[str, str] = {}
+    with Catalog(settings.catalog or default_location()) as catalog, progress() as listener:
+        for target in targets:
+            identities |= _analyze(target, base, catalog, ledger, listener)
+    read = ledger.totals().analysis_bytes_read
+    if as_json:
+        models = [{"path": path, "identity": identity} for path, identity in identities.items()]
+        print_json({"models": models, "analysis_bytes_read": read})
+        return
+    print_table(("model", "identity"), list(identities.items()))
+    click.echo(f"read {format_size(read)}" if read else "everything was known already")
+
+
+def _analyze(
+    target: Path, base: str | None, catalog: "Catalog", ledger: "Ledger", listener: "Progress"
+) -> dict[str, str]:
+    """Analyse one target and return the identities of its models by path."""
+    from mergefs.checkpoint import open_checkpoint
+    from mergefs.planner.analysis import analyze_family, record_checkpoints
+    from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
+    from mergefs.recipe.model import load_recipe
+    from mergefs.sources.reader import SourceReader
+    from mergefs.statistics.identity import checkpoint_identity
+
+    if not target.is_dir():
+        draft = draft_plan(load_recipe(target), PlanOptions(base=base), catalog)
+        checkpoints = analyze_draft(draft, catalog, ledger, listener).checkpoints
+    else:
+        checkpoints = (open_checkpoint(target),)
+        reader = SourceReader(ledger)
+        try:
+            analyze_family((), checkpoints, catalog, reader, listener)
+        finally:
+            catalog.flush()
+            reader.close()
+    record_checkpoints(checkpoints, catalog)
+    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in checkpoints}

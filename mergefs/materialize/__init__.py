@@ -1,0 +1,1 @@
+"""Writing a merged model to disk, all or nothing, and checking what was written."""

@@ -1,0 +1,123 @@
+"""The directory that a model is written into before it appears: beside its destination, under a lock.
+
+At every instant the destination is absent, what it was before, or the complete new model: everything is written and
+synced in the staging directory, which one rename (or an exchange with what is replaced) then makes the destination.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mergefs.errors import MaterializeError
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+_LOCK_NAME: Final = ".mergefs-lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A staging directory that this process holds the lock of."""
+
+    path: Path
+    destination: Path
+
+    def commit(self) -> None:
+        """Make the staging directory the destination, durably; what it replaces is removed afterwards."""
+        for directory in sorted((d for d in self.path.rglob("*") if d.is_dir()), reverse=True):
+            sync_directory(directory)
+        (self.path / _LOCK_NAME).unlink()
+        sync_directory(self.path)
+        replaces = self.destination.is_dir() and any(self.destination.iterdir())
+        try:
+            if replaces:
+                _exchange(self.path, self.destination)
+            else:
+                self.path.rename(self.destination)
+        except OSError as error:
+            raise MaterializeError(
+                f"{self.destination}: the finished model could not be put there ({error.strerror}); "
+                "make the directory above it writable and run again"
+            ) from error
+        sync_directory(self.destination.parent)
+        if replaces:
+            shutil.rmtree(self.path)
+
+
+def staging_path(destination: Path) -> Path:
+    """Return where a model for ``destination`` is staged: one place, so that two runs meet and leftovers are found."""
+    return destination.parent / f".{destination.name}.mergefs-staging"
+
+
+@contextmanager
+def staging(destination: Path) -> Iterator[Staging]:
+    """Lend the staging directory for ``destination``; it is gone afterwards, unless it was committed.
+
+    What an interrupted run left there is removed first. Raises MaterializeError while another process is at work.
+    """
+    path = staging_path(destination)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise MaterializeError(
+            f"{path}: cannot be created ({error.strerror}); make its parent writable, or choose another place"
+        ) from error
+    try:
+        _lock(lock, destination)
+        _empty(path)
+        yield Staging(path, destination)
+    finally:
+        os.close(lock)
+        # After a commit this name is gone; after an error its content is of no use to anybody.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, destination: Path) -> None:
+    """Take the lock and write down who has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "another process"
+        raise MaterializeError(
+            f"{destination}: process {holder} is writing this model already; wait for it, or stop it"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _empty(path: Path) -> None:
+    """Remove what an interrupted run left."""
+    for entry in path.iterdir():
+        if entry.name == _LOCK_NAME:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two directories in one step (renameat2 with RENAME_EXCHANGE). Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, "this system cannot exchange directories in one step")
+    if libc.renameat2(_AT_FDCWD, bytes(first), _AT_FDCWD, bytes(second), _RENAME_EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
