@@ -72,6 +72,11 @@ def is_running(pid: int) -> bool:
     return fields.rpartition(")")[2].split()[0] != "Z"
 
 
+def split_records(log: str) -> list[str]:
+    """Return the records of a server's log, each with the traceback that follows it."""
+    return re.split(rf"^(?={_RECORD.pattern}$)", log, flags=re.MULTILINE)
+
+
 def unexpected_records(log: str, allowed: Sequence[str] = ()) -> list[str]:
     """Return every warning, error and traceback of a server's log that matches none of the ``allowed`` patterns."""
     unexpected = []

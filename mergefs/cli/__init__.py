@@ -82,12 +82,12 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
 
 def _write_details(details: str, arguments: list[str]) -> Path:
     """Append the traceback to the log file of this run and return its path. Raises OSError."""
-    from mergefs.cli.settings import Settings
+    import logging
+
     from mergefs.mount.logs import default_log_file
 
-    context = click.get_current_context(silent=True)
-    settings = context.obj if context is not None else None
-    path = settings.log_file if isinstance(settings, Settings) else None
+    handlers = logging.getLogger().handlers
+    path = next((Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)), None)
     if path is None:
         path = default_log_file("internal-error")
     with path.open("a", encoding="utf-8", errors="backslashreplace") as log:

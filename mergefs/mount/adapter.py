@@ -12,7 +12,6 @@ from operator import index
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from mergefs.errors import MergefsError
 from mergefs.mount.guard import WrongAnswerError, guarded, log_failure
 from mergefs.mount.tree import Attributes, Tree
 
@@ -131,10 +130,11 @@ class TreeOperations:
         }
 
     def _count_directories(self, path: str) -> int:
-        """Return how many directories ``path`` holds, as far as can be told: one broken entry hides no other."""
+        """Return how many directories ``path`` holds, as far as can be told: a broken one can still be looked at."""
         try:
-            names = self._tree.entries(path)
-        except (OSError, MergefsError):
+            names = [*self._tree.entries(path)]
+        except BaseException as error:
+            log_failure("entries", path, error)
             return 0
         children = (self._child_attributes(_child(path, name)) for name in names)
         return sum(1 for child in children if child is not None and child.is_directory)

@@ -258,6 +258,8 @@ class _Server:
             sentence, status = f"the server for {self.mountpoint} was stopped before the mount was ready", 1
         except BaseException as error:
             is_ours = False  # the log is needed
+            if not self.options.verbose:
+                logging.getLogger().removeHandler(terminal)
             _log.critical("the server failed", exc_info=error)
             sentence, status = (
                 f"internal error while mounting ({type(error).__name__}: {error}); this is a bug, "

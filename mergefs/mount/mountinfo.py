@@ -39,7 +39,7 @@ def _unescape(field: bytes) -> str:
 def parse_mountinfo(content: bytes) -> tuple[MountEntry, ...]:
     """Return the entries of a mountinfo file in the kernel's order, so that a later mount hides an earlier one."""
     entries = []
-    for line in content.splitlines():
+    for line in content.split(b"\n")[:-1]:  # not splitlines: a path may hold a carriage return
         fields = line.split(b" ")
         separator = fields.index(b"-", 6)  # optional fields stand between the sixth and the separator
         filesystem, source, superblock = fields[separator + 1 : separator + 4]

@@ -38,7 +38,7 @@ def check_mountpoint(mountpoint: Path) -> None:
         )
     try:
         is_directory = stat.S_ISDIR(mountpoint.stat().st_mode)
-        is_empty = not is_directory or next(os.scandir(mountpoint), None) is None
+        is_empty = not is_directory or not os.listdir(mountpoint)  # noqa: PTH208 (all or nothing, without an iterator)
     except OSError as error:
         raise MountError(_unusable(mountpoint, error)) from error
     if not is_directory:
