@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Generic, Literal, TypeVar
 
 from mergefs.checkpoint.dtypes import DType
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.precision import Array, Precision, Raw
 
 
 class Scope(Enum):
@@ -183,6 +183,18 @@ class Block:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class RawRun:
+    """The same run of elements of every input, for a fused kernel: bytes of the compute dtype, each in one piece.
+
+    ``start`` is the flat index of the first element in the tensor.
+    """
+
+    inputs: tuple[Raw, ...]
+    dtype: DType
+    start: int
+
+
 CoefficientsT = TypeVar("CoefficientsT")
 
 
@@ -208,6 +220,13 @@ class Method(ABC, Generic[CoefficientsT]):
 
         Returns values of the compute dtype, carried like the inputs.
         """
+
+    def fused(self, run: RawRun, coefficients: CoefficientsT) -> Raw | None:
+        """Compute the run from bytes to bytes, or return None where only ``reference`` can.
+
+        The result equals the reference's bit for bit, but for the payload of NaN.
+        """
+        return None
 
     @abstractmethod
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:

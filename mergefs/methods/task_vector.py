@@ -6,11 +6,13 @@ majority sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from mergefs.kernels.precision import Array, Precision
+from mergefs.checkpoint.dtypes import BF16, F16, DType
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.kernels.random import bernoulli_limit, stream_key, uniform_integers
 from mergefs.methods.contract import (
     Answers,
@@ -20,6 +22,7 @@ from mergefs.methods.contract import (
     MagnitudeThreshold,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -28,6 +31,9 @@ from mergefs.methods.contract import (
 )
 
 Sparsifier = Literal["none", "magnitude", "random"]
+
+_NAN_BITS: Final = 0x7FFFFFFF
+"""The largest pattern of a float32 magnitude; only a NaN reaches it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,33 @@ class TaskVector(Method[TaskVectorCoefficients]):
             mixed = precision.round(mixed * base.dtype.type(coefficients.scale))
         return precision.round(base + mixed)
 
+    def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
+            return None
+        from mergefs.kernels.fused import task_vector as kernel
+        from mergefs.kernels.fused.memory import address, empty_result
+
+        scale = coefficients.scale
+        settings = np.zeros(1, dtype=kernel.SETTINGS)
+        settings["base"] = address(run.inputs[coefficients.base])
+        settings["start"] = run.start
+        settings["consensus"] = coefficients.consensus
+        settings["normalize"] = coefficients.normalize
+        settings["divisor"] = 1.0 if coefficients.divisor is None else coefficients.divisor
+        settings["scaled"] = scale is not None
+        settings["scale"] = 1.0 if scale is None else scale
+        experts = np.zeros(len(coefficients.experts), dtype=kernel.EXPERT)
+        for entry, expert in zip(experts, coefficients.experts, strict=True):
+            entry["address"] = address(run.inputs[expert.model])
+            entry["weight"] = expert.weight
+            entry["rescaled"] = expert.rescale is not None
+            entry["rescale"] = 1.0 if expert.rescale is None else expert.rescale
+            _enter_mask(entry, expert.mask, run.dtype)
+        result = empty_result(run.inputs[coefficients.base], run.dtype)
+        kernel.KERNEL(run.dtype, result, settings, experts, kernel.tiles(experts.size))
+        return result.view(np.uint8)
+
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """The weights after normalisation and lambda; an estimate where signs are elected."""
         weights = [0.0 if m == context.base else context.number("weight", m) for m in range(context.models)]
@@ -201,6 +234,33 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     if expert.rescale is not None:
         delta = precision.round(delta * delta.dtype.type(expert.rescale))
     return precision.round(delta * delta.dtype.type(expert.weight))
+
+
+def _enter_mask(entry: Any, mask: Mask, dtype: DType) -> None:
+    """Write which elements survive into the fused kernel's record of an expert."""
+    from mergefs.kernels.fused import task_vector as kernel
+
+    if isinstance(mask, KeepRandom):
+        entry["mask"], entry["key"], entry["limit"] = kernel.KEEP_RANDOM, mask.key, mask.limit
+    elif isinstance(mask, KeepLargest):
+        key, cut = mask.threshold.key, mask.threshold.cut
+        entry["mask"], entry["cut"] = kernel.KEEP_LARGEST, cut
+        entry["limit_before"], entry["limit_after"] = _magnitude_bits(key, dtype), _magnitude_bits(key + 1, dtype)
+    elif isinstance(mask, KeepNone):
+        entry["mask"], entry["cut"] = kernel.KEEP_LARGEST, 0
+        entry["limit_after"] = _NAN_BITS
+
+
+def _magnitude_bits(key: int, dtype: DType) -> int:
+    """Return the float32 bits of the magnitude that ``key`` stands for in ``dtype``.
+
+    Never above the largest NaN: whether a NaN is kept makes no difference, it stays NaN.
+    """
+    if dtype == BF16:
+        key <<= 16
+    elif dtype == F16:
+        key = int(np.array([min(key, 0x7FFF)], dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)[0])
+    return min(key, _NAN_BITS)
 
 
 def _sum(terms: list[Array]) -> Array:

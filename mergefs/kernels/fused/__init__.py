@@ -1,0 +1,44 @@
+"""Kernels compiled by numba that go over the bytes of a block once, bit for bit equal to the numpy reference.
+
+They work where every input is stored in the compute dtype, and the result is. numba is imported when the first kernel
+is asked for and not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+
+if TYPE_CHECKING:
+    from mergefs.kernels.fused.compilation import Kernel
+
+FUSED_DTYPES: Final[tuple[DType, ...]] = (BF16, F16, F32)
+"""The compute dtypes that there are fused kernels for."""
+
+_MODULES: Final[dict[str, tuple[str, ...]]] = {
+    "linear": ("weighted_average",),
+    "slerp": ("two_factors",),
+    "task_arithmetic": ("task_vector",),
+    "ties": ("task_vector", "histogram"),
+    "dare_linear": ("task_vector",),
+    "dare_ties": ("task_vector",),
+}
+"""The modules of this package that a method computes with. Each holds one ``KERNEL``."""
+
+
+def prepare(methods: Iterable[str] | None = None, dtypes: Iterable[DType] = FUSED_DTYPES) -> None:
+    """Compile, or load from the cache, the kernels of ``methods`` (None: of all) for ``dtypes``.
+
+    After this no read waits for a compiler. Methods and dtypes that have no fused kernel are passed over.
+    """
+    names = _MODULES if methods is None else methods
+    modules = dict.fromkeys(module for name in names for module in _MODULES.get(name, ()))
+    wanted = tuple(dtype for dtype in dtypes if dtype in FUSED_DTYPES)
+    if wanted:
+        for module in modules:
+            kernel: Kernel = importlib.import_module(f"{__name__}.{module}").KERNEL
+            for dtype in wanted:
+                kernel.prepare(dtype)

@@ -1,0 +1,27 @@
+"""How blocks of bytes are handed to kernels."""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.kernels.precision import Raw
+
+_STORAGE: Final[dict[DType, type[np.uint16] | type[np.int16] | type[np.uint32]]] = {
+    BF16: np.uint16,
+    F16: np.int16,
+    F32: np.uint32,
+}
+
+
+def address(raw: Raw) -> int:
+    """Return where the bytes of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive."""
+    if not raw.flags.c_contiguous:
+        raise ValueError("a kernel was given bytes that do not lie in one piece")
+    return int(raw.__array_interface__["data"][0])
+
+
+def empty_result(raw: Raw, dtype: DType) -> NDArray[Any]:
+    """Return an array for as many elements as ``raw`` holds, of the element type that stands for ``dtype``."""
+    return np.empty(raw.size // dtype.itemsize, dtype=_STORAGE[dtype])

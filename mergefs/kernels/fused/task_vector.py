@@ -1,0 +1,204 @@
+"""The task-vector family in one pass: tiles that stay in the first-level cache, one sweep over them for each expert."""
+
+from typing import Any, Final
+
+import numpy as np
+from numba import from_dtype
+from numba.core import types
+from numpy.typing import NDArray
+
+from mergefs.kernels.fused.compilation import Kernel, inlined
+from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, rounded, signed_like
+
+KEEP_ALL: Final = 0
+KEEP_LARGEST: Final = 1
+KEEP_RANDOM: Final = 2
+
+EXPERT: Final = np.dtype(
+    [
+        ("address", np.uint64),  # of the expert's bytes
+        ("mask", np.int64),  # KEEP_ALL, KEEP_LARGEST or KEEP_RANDOM
+        ("cut", np.int64),  # KEEP_LARGEST: from this flat index on, ``limit_after`` holds
+        ("limit_before", np.int64),  # KEEP_LARGEST: float32 bits of the smallest magnitude kept before ``cut``
+        ("limit_after", np.int64),
+        ("key", np.uint64),  # KEEP_RANDOM: of the stream
+        ("limit", np.uint64),  # KEEP_RANDOM: draws below are kept
+        ("rescaled", np.int64),  # whether ``rescale`` enters
+        ("rescale", np.float32),
+        ("weight", np.float32),
+    ],
+    align=True,
+)
+"""How one expert enters."""
+
+SETTINGS: Final = np.dtype(
+    [
+        ("base", np.uint64),  # address of the base's bytes
+        ("start", np.int64),  # flat index of the first element
+        ("consensus", np.int64),
+        ("normalize", np.int64),
+        ("scaled", np.int64),  # whether ``scale`` enters
+        ("divisor", np.float32),  # without consensus
+        ("scale", np.float32),
+    ],
+    align=True,
+)
+"""What holds for the whole run."""
+
+TILE: Final = 1024
+_BASE, _TOTAL, _MIXED, _DIVISOR, _DELTAS = 0, 1, 2, 3, 4
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+
+def tiles(experts: int) -> NDArray[np.float32]:
+    """Return the tile buffers that a run with so many experts needs."""
+    return np.empty((_DELTAS + experts, TILE), dtype=np.float32)
+
+
+@inlined
+def _weigh(delta: Any, kept: Any, rescaled: Any, rescale: Any, weight: Any, result: Any) -> Any:
+    """Return a delta masked, rescaled and weighed. Multiplying by 0 is what makes infinity NaN, as the formula does."""
+    delta = delta * (_ONE if kept else _ZERO)
+    if rescaled:
+        delta = rounded(delta * rescale, result)
+    return rounded(delta * weight, result)
+
+
+@inlined
+def _add_all(result: Any, expert: Any, first: Any, count: Any, base: Any, total: Any, deltas: Any) -> Any:
+    """Add the weighted deltas of an expert that nothing is pruned from to ``total``."""
+    address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
+    for i in range(count):
+        delta = rounded(loaded(address, first + i, result) - base[i], result)
+        delta = _weigh(delta, True, rescaled, rescale, weight, result)
+        deltas[i] = delta
+        total[i] += delta
+
+
+@inlined
+def _add_largest(
+    result: Any,
+    expert: Any,
+    first: Any,
+    bounds: Any,
+    limit: Any,
+    base: Any,
+    total: Any,
+    deltas: Any,
+) -> Any:
+    """Add the weighted deltas of magnitude ``limit`` and above, between ``bounds`` of the tile, to ``total``."""
+    address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
+    for i in range(bounds[0], bounds[1]):
+        delta = rounded(loaded(address, first + i, result) - base[i], result)
+        delta = _weigh(delta, magnitude_bits(delta) >= limit, rescaled, rescale, weight, result)
+        deltas[i] = delta
+        total[i] += delta
+
+
+@inlined
+def _add_random(
+    result: Any, expert: Any, first: Any, count: Any, start: Any, base: Any, total: Any, deltas: Any
+) -> Any:
+    """Add the weighted deltas that the draws of SplitMix64 keep to ``total``."""
+    address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
+    limit = expert.limit
+    counter = expert.key + (start + first + np.uint64(1)) * _GAMMA
+    for i in range(count):
+        state = counter + i * _GAMMA
+        state = (state ^ (state >> np.uint64(30))) * _FIRST_FACTOR
+        state = (state ^ (state >> np.uint64(27))) * _SECOND_FACTOR
+        state = (state ^ (state >> np.uint64(31))) >> np.uint64(40)
+        delta = rounded(loaded(address, first + i, result) - base[i], result)
+        delta = _weigh(delta, state < limit, rescaled, rescale, weight, result)
+        deltas[i] = delta
+        total[i] += delta
+
+
+@inlined
+def _add_expert(
+    result: Any, expert: Any, start: Any, first: Any, count: Any, base: Any, total: Any, deltas: Any
+) -> Any:
+    """Add one expert's weighted deltas to ``total`` and leave them in ``deltas``."""
+    if expert.mask == KEEP_LARGEST:
+        before = np.uint64(min(max(expert.cut - start - np.int64(first), 0), np.int64(count)))
+        limit_before, limit_after = np.int32(expert.limit_before), np.int32(expert.limit_after)
+        _add_largest(result, expert, first, (np.uint64(0), before), limit_before, base, total, deltas)
+        _add_largest(result, expert, first, (before, count), limit_after, base, total, deltas)
+    elif expert.mask == KEEP_RANDOM:
+        _add_random(result, expert, first, count, np.uint64(start), base, total, deltas)
+    else:
+        _add_all(result, expert, first, count, base, total, deltas)
+
+
+@inlined
+def _add_agreeing(weight: Any, weighed: Any, count: Any, total: Any, deltas: Any, mixed: Any, divisor: Any) -> Any:
+    """Add the deltas whose sign is that of ``total`` to ``mixed``, and their weights to ``divisor``.
+
+    The sum of values of a 16 bit type is a multiple of the smallest of them, so rounding never changes its sign.
+    """
+    nothing = weight * _ZERO
+    for i in range(count):
+        majority = _ONE if total[i] >= _ZERO else -_ONE
+        agrees = signed_like(deltas[i], majority) > _ZERO
+        mixed[i] += deltas[i] * (_ONE if agrees else _ZERO)
+        if weighed:
+            divisor[i] += weight if agrees else nothing
+
+
+@inlined
+def _finish(result: Any, settings: Any, first: Any, count: Any, mixed: Any, divisor: Any, base: Any) -> Any:
+    """Divide, scale, add to the base and store."""
+    normalize, elected, scaled = settings.normalize != 0, settings.consensus != 0, settings.scaled != 0
+    fixed, scale = settings.divisor, settings.scale
+    for i in range(count):
+        value = rounded(mixed[i], result)
+        if normalize:
+            if elected:
+                by = rounded(divisor[i], result)
+                by = _ONE if by == _ZERO else by
+            else:
+                by = fixed
+            value = rounded(value / by, result)
+        if scaled:
+            value = rounded(value * scale, result)
+        result[first + i] = narrowed(rounded(base[i] + value, result), result)
+
+
+def _task_vector(result: Any, settings: Any, experts: Any, buffers: Any) -> None:
+    """Merge a whole run into ``result``."""
+    setting = settings[0]
+    base, total, mixed, divisor = buffers[_BASE], buffers[_TOTAL], buffers[_MIXED], buffers[_DIVISOR]
+    size = np.uint64(result.size)
+    consensus, normalize = setting.consensus != 0, setting.normalize != 0
+    for first in range(np.uint64(0), size, np.uint64(TILE)):
+        count = min(np.uint64(TILE), size - first)
+        for i in range(count):
+            base[i] = loaded(setting.base, first + i, result)
+            total[i] = _ZERO
+            mixed[i] = _ZERO
+            divisor[i] = _ZERO
+        for k in range(experts.size):
+            _add_expert(result, experts[k], setting.start, first, count, base, total, buffers[_DELTAS + k])
+        if consensus:
+            for k in range(experts.size):
+                _add_agreeing(experts[k].weight, normalize, count, total, buffers[_DELTAS + k], mixed, divisor)
+            _finish(result, setting, first, count, mixed, divisor, base)
+        else:
+            _finish(result, setting, first, count, total, divisor, base)
+
+
+def _signature(element: Any) -> Any:
+    """Return the signature for one element type."""
+    return types.void(
+        types.Array(element, 1, "C"),
+        types.Array(from_dtype(SETTINGS), 1, "C"),
+        types.Array(from_dtype(EXPERT), 1, "C"),
+        types.Array(types.float32, 2, "C"),
+    )
+
+
+KERNEL: Final = Kernel(_task_vector, _signature)
