@@ -1,0 +1,82 @@
+# Sourced by the other scripts: makes .venv, installs the package there, and sees to libfuse.
+
+say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+
+die() {
+  printf '%s\n' "$*" >&2
+  exit 1
+}
+
+# The first Python that is new enough, as a command.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  die "No Python 3.10 or newer with venv was found; install one (for example: apt-get install python3-venv) and run again."
+}
+
+# Makes .venv with the package and the extras named in $1; does nothing when that is done and nothing changed since.
+make_environment() {
+  local extras=$1 python stamp wanted
+  stamp=.venv/.mergefs-$extras
+  wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    return
+  fi
+  python=$(find_python)
+  [ -x .venv/bin/python ] || {
+    say "making .venv with $python"
+    "$python" -m venv .venv
+  }
+  say "installing mergefs with its dependencies into .venv (torch is the large one)"
+  # torch goes first and pinned: left to the resolver, it may take a build with gigabytes of GPU libraries.
+  .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt torch
+  .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"
+  printf '%s' "$wanted" >"$stamp"
+}
+
+# Whether the system can mount: the library that fusepy loads, the program that unmounts, and the device.
+has_libfuse() {
+  { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | grep -q 'libfuse\.so\.2' &&
+    { command -v fusermount || command -v fusermount3; } >/dev/null 2>&1
+}
+
+# Prints the command that installs packages on this system; nothing when its package manager is not known.
+# $1: for libfuse, $2: further packages, by the names that Debian gives them.
+install_command() {
+  if command -v apt-get >/dev/null 2>&1; then
+    printf 'apt-get update && apt-get install -y libfuse2 fuse3 %s' "${1:-}"
+  elif command -v dnf >/dev/null 2>&1; then
+    printf 'dnf install -y fuse fuse-libs %s' "${1:-}"
+  elif command -v zypper >/dev/null 2>&1; then
+    printf 'zypper install -y fuse libfuse2 %s' "${1:-}"
+  elif command -v pacman >/dev/null 2>&1; then
+    printf 'pacman -Sy --noconfirm fuse2 %s' "${1:-}"
+  elif command -v apk >/dev/null 2>&1; then
+    printf 'apk add fuse %s' "${1:-}"
+  fi
+}
+
+# Makes sure that libfuse is there, and every program named as an argument (each is a package of the same name).
+ensure_system() {
+  local command program missing=""
+  for program in "$@"; do
+    command -v "$program" >/dev/null 2>&1 || missing="$missing $program"
+  done
+  if has_libfuse && [ -z "$missing" ]; then
+    return
+  fi
+  command=$(install_command "${missing# }")
+  [ -n "$command" ] || die "Mounting needs libfuse 2 and fusermount${missing:+, and these programs:$missing}; install them and run again."
+  [ "$(id -u)" = 0 ] || die "Mounting needs libfuse 2${missing:+, and these programs:$missing}. Type this and run again:
+
+    sudo sh -c '$command'"
+  say "installing system packages: $command"
+  DEBIAN_FRONTEND=noninteractive sh -c "$command" >/dev/null || die "Installing failed: $command"
+  has_libfuse || die "libfuse 2 is still missing after: $command"
+}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them all: format, lint, types, tests.
+# usage: scripts/test.sh [--all] [pytest arguments]     (--all adds the tests that need minutes or much disk)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+heavy=(-m "not heavy")
+if [ "${1:-}" = --all ]; then
+  heavy=()
+  shift
+fi
+ensure_system strace
+make_environment demo,test
+say "ruff"
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+say "mypy"
+.venv/bin/mypy
+say "pytest"
+exec .venv/bin/python -m pytest "${heavy[@]}" "$@"
