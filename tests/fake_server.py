@@ -30,7 +30,8 @@ def main() -> int:
 
     def build() -> Tree:
         control = arguments.control.absolute()
-        (control / "building").write_text(str(os.getpid()))
+        (control / "building.new").write_text(str(os.getpid()))
+        (control / "building.new").rename(control / "building")  # whole, once it is there
         if not arguments.foreground:
             print("building the tree", file=sys.stderr, flush=True)
         match arguments.build:

@@ -185,6 +185,13 @@ def server_pid(directory: Path) -> int:
     return int((directory / "control" / "building").read_text())
 
 
+def run_fake(directory: Path, *arguments: str | Path, extra: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
+    """Run the fake server's starter to its end; return its exit status and the lines that it printed."""
+    starter = start_fake_server(directory, *arguments, extra=extra)
+    said = starter.communicate(timeout=DEADLINE)[1].decode().splitlines()
+    return starter.returncode, said
+
+
 @contextlib.contextmanager
 def fake_mount(directory: Path, *arguments: str | Path, extra: Mapping[str, str] | None = None) -> Iterator[Mount]:
     """Mount the fake tree as a daemon; ``mergefs mount`` has returned when the test gets the mount."""
@@ -242,3 +249,23 @@ def mounted_recipes(
     assert served is not None
     with _watched(Mount(mountpoint, int(served[1]), log_file, state, list(allowed))) as mount:
         yield mount
+
+
+def reader(path: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that reads one MiB of ``path`` and says whether that went well."""
+    code = (
+        "import os, sys\n"
+        "descriptor = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)\n"
+        "try: sys.stdout.buffer.write(os.pread(descriptor, 1 << 16, 4096))\n"
+        "except OSError as error: print('failed with', error.errno)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+
+
+def holder(path: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that holds ``path`` open until its stdin is closed."""
+    code = "import sys; f = open(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"open\n"
+    return process

@@ -76,8 +76,10 @@ def test_the_mount_is_read_only_and_says_what_it_is(mount: Mount) -> None:
     assert f"mergefs {mount.mountpoint} fuse.mergefs ro," in Path("/proc/mounts").read_text()
 
 
-def test_no_option_breaks_mmap_or_the_page_cache() -> None:
-    options = bindings.mount_options(allow_other=False)
+@pytest.mark.parametrize("libfuse", [(2, 9), (3, 10), (3, 14)])
+def test_no_option_breaks_mmap_or_the_page_cache(libfuse: tuple[int, int]) -> None:
+    options = bindings.mount_options(False, libfuse)
+    assert ("max_threads" in options) is (libfuse >= (3, 12))
     assert "direct_io" not in options
     assert options["kernel_cache"] is True
     assert options["allow_other"] is False

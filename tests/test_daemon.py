@@ -1,4 +1,4 @@
-"""Starting, stopping, losing and finding servers: real processes, real signals, real mounts."""
+"""Starting and stopping servers: real processes, real signals, real mounts."""
 
 import json
 import os
@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_tree import BIG_SIZE, FILES, pattern
+from fake_tree import FILES, pattern
 from mounting import (
     DEADLINE,
-    Mount,
     clear_mounts_below,
     environment,
     fake_mount,
     foreground_mount,
     is_running,
+    reader,
+    run_fake,
     run_mergefs,
     server_pid,
     start_fake_server,
@@ -28,7 +29,7 @@ from mounting import (
 
 from mergefs.errors import MountError
 from mergefs.mount import bindings, mountpoint
-from mergefs.mount.mountinfo import find_mount, state
+from mergefs.mount.mountinfo import find_mount
 from mergefs.mount.mountpoint import check_mountpoint, refuse_sources_inside
 from mergefs.mount.unmount import unmount
 
@@ -38,13 +39,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     """A directory in which no test may leave a mount."""
     yield tmp_path
     assert clear_mounts_below(tmp_path) == []
-
-
-def run_fake(directory: Path, *arguments: str | Path, extra: dict[str, str] | None = None) -> tuple[int, list[str]]:
-    """Run the fake server's starter to its end; return its exit status and the lines that it printed."""
-    starter = start_fake_server(directory, *arguments, extra=extra)
-    said = starter.communicate(timeout=DEADLINE)[1].decode().splitlines()
-    return starter.returncode, said
 
 
 def assert_nothing_left(directory: Path) -> None:
@@ -58,26 +52,6 @@ def assert_nothing_left(directory: Path) -> None:
 def log_files(directory: Path) -> list[Path]:
     """Return the log files in the user's state directory."""
     return sorted((directory / "state").rglob("*.log"))
-
-
-def reader(path: Path) -> "subprocess.Popen[bytes]":
-    """Start a process that reads one MiB of ``path`` and says whether that went well."""
-    code = (
-        "import os, sys\n"
-        "descriptor = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)\n"
-        "try: sys.stdout.buffer.write(os.pread(descriptor, 1 << 16, 4096))\n"
-        "except OSError as error: print('failed with', error.errno)\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
-
-
-def holder(path: Path) -> "subprocess.Popen[bytes]":
-    """Start a process that holds ``path`` open until its stdin is closed."""
-    code = "import sys; f = open(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"open\n"
-    return process
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -111,11 +85,35 @@ def test_the_daemon_lets_go_of_terminal_directory_and_descriptors(directory: Pat
     os.close(writing)
 
 
+def test_any_path_can_be_a_mount_point(tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode("a b,c\\d\tü".encode() + b"\xff")
+    directory.mkdir()
+    with fake_mount(directory) as mount:
+        assert (mount.mountpoint / "config.json").read_bytes() == FILES["/config.json"]
+        status = run_mergefs("status", mount.mountpoint, "--json", state=directory / "state")
+        assert [report["mountpoint"] for report in json.loads(status.stdout)] == [str(mount.mountpoint)]
+        assert run_mergefs("umount", mount.mountpoint, state=directory / "state").returncode == 0
+
+
+def test_a_foreground_mount_can_write_a_log_file_too(directory: Path) -> None:
+    with foreground_mount(directory, "--log-file", directory / "copy.log") as mount:
+        assert (directory / "copy.log").read_text() == mount.log()
+
+
 def test_the_log_is_by_default_a_file_of_its_own_in_the_state_directory(directory: Path) -> None:
     assert run_fake(directory) == (0, ["building the tree"])
     assert log_files(directory) == [directory / f"state/mergefs/log/mnt-{server_pid(directory)}.log"]
     unmount(directory / "mnt")
     assert "unmounted" in log_files(directory)[0].read_text()
+
+
+def test_a_relative_log_file_is_relative_to_where_the_command_runs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory)
+    assert run_fake(directory, "--log-file", "here.log") == (0, ["building the tree"])
+    assert "serving" in (directory / "here.log").read_text()
+    unmount(directory / "mnt")
 
 
 def test_the_log_goes_to_a_temporary_directory_when_there_is_no_state_directory(directory: Path) -> None:
@@ -341,7 +339,7 @@ def test_libfuses_own_words_reach_the_user_when_it_cannot_mount(directory: Path)
     # An option that libfuse does not know: what it says about that is on its stderr only.
     code = (
         "import os, sys; from mergefs.mount import bindings; options = bindings.mount_options\n"
-        "bindings.mount_options = lambda allow_other: options(allow_other) | {'no_such_option': True}\n"
+        "bindings.mount_options = lambda *given: options(*given) | {'no_such_option': True}\n"
         "sys.argv[0] = 'fake_server.py'; import fake_server; sys.exit(fake_server.main())"
     )
     (directory / "mnt").mkdir()
@@ -411,171 +409,3 @@ def test_a_signal_can_ask_for_the_stacks_of_all_threads(directory: Path) -> None
         mount.unmount()
         assert mount.wait() == 0
         mount.log_file.write_text("")  # stacks are no records
-
-
-def test_unmounting_by_command_waits_for_the_server(directory: Path) -> None:
-    with fake_mount(directory) as mount:
-        result = run_mergefs("umount", mount.mountpoint, state=directory / "state")
-        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-        assert not is_running(mount.pid)
-        assert (mount.control / "closed").exists()
-        assert find_mount(mount.mountpoint) is None
-
-
-def test_a_busy_mount_stays_and_its_holders_are_named(directory: Path) -> None:
-    with fake_mount(directory) as mount, holder(mount.mountpoint / "config.json") as process:
-        result = run_mergefs("umount", mount.mountpoint, state=directory / "state")
-        assert result.returncode == 1
-        assert f"(pid {process.pid}, an open file)" in result.stderr
-        assert "--lazy" in result.stderr
-        assert result.stderr.count("\n") == 1
-        assert (mount.mountpoint / "config.json").read_bytes() == FILES["/config.json"]
-
-
-@pytest.mark.parametrize(
-    ("code", "how"),
-    [
-        ("import os; os.chdir(path)", "its working directory"),
-        ("import mmap; f = open(path + '/big.bin'); m = mmap.mmap(f.fileno(), 0, prot=1); f.close()", "a mapped file"),
-    ],
-)
-def test_a_mount_can_be_held_without_an_open_file(directory: Path, code: str, how: str) -> None:
-    with fake_mount(directory) as mount:
-        program = f"import os, sys; path = sys.argv[1]\n{code}\nos.closerange(3, 100); print('held', flush=True)\n"
-        with subprocess.Popen(
-            [sys.executable, "-c", program + "sys.stdin.read()", mount.mountpoint],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"held\n"
-            with pytest.raises(MountError, match=rf"\(pid {process.pid}, {how}\)"):
-                unmount(mount.mountpoint)
-
-
-def test_a_busy_mount_is_taken_away_lazily_and_its_reader_goes_on(directory: Path) -> None:
-    with fake_mount(directory) as mount:
-        with (mount.mountpoint / "big.bin").open("rb") as file:
-            result = run_mergefs("umount", "--lazy", mount.mountpoint, state=directory / "state")
-            assert (result.returncode, result.stderr) == (0, "")
-            assert find_mount(mount.mountpoint) is None
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert file.read() == pattern(0, BIG_SIZE)
-            assert is_running(mount.pid)
-        assert mount.wait() == 0
-
-
-@pytest.mark.parametrize("arguments", [[], ["--lazy"]])
-def test_what_is_not_a_mount_of_mergefs_is_left_alone(directory: Path, arguments: list[str]) -> None:
-    result = run_mergefs("umount", directory, *arguments, state=directory / "state")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert "is not a mount point" in result.stderr
-    result = run_mergefs("umount", "/proc", *arguments, state=directory / "state")
-    assert result.returncode == 1
-    assert "/proc is a mount of type proc, not of mergefs" in result.stderr
-
-
-# -- crashes ----------------------------------------------------------------------------------------------------------
-
-
-def crash(mount: Mount) -> None:
-    """Kill the server so that its mount stays."""
-    mount.kill(signal.SIGKILL)
-    assert mount.wait() == -signal.SIGKILL
-
-
-def test_a_crashed_mount_is_recognised_cleared_and_mounted_anew(directory: Path) -> None:
-    starter = start_fake_server(directory)
-    assert starter.communicate(timeout=DEADLINE)[1] == b"building the tree\n"
-    mount = Mount(directory / "mnt", server_pid(directory), directory / "none.log", directory / "control")
-    crash(mount)
-    entry = find_mount(mount.mountpoint)
-    assert entry is not None
-    assert state(entry) == "crashed"
-
-    status = run_mergefs("status", mount.mountpoint, state=directory / "state")
-    assert status.returncode == 0
-    assert "crashed" in status.stdout
-    assert f"mergefs umount {mount.mountpoint}" in status.stdout
-    (report,) = json.loads(run_mergefs("status", mount.mountpoint, "--json", state=directory / "state").stdout)
-    assert (report["mountpoint"], report["state"]) == (str(mount.mountpoint), "crashed")
-
-    assert run_fake(directory) == (
-        1,
-        [
-            f"mergefs: error: {mount.mountpoint} is a crashed mount whose server is gone; "
-            f"run `mergefs umount {mount.mountpoint}` to clear it"
-        ],
-    )
-    assert run_mergefs("umount", mount.mountpoint, state=directory / "state").returncode == 0
-    assert find_mount(mount.mountpoint) is None
-    with fake_mount(directory) as again:
-        assert (again.mountpoint / "config.json").read_bytes() == FILES["/config.json"]
-
-
-def test_a_crashed_mount_is_cleared_even_while_somebody_holds_it(directory: Path) -> None:
-    assert run_fake(directory)[0] == 0
-    mount = Mount(directory / "mnt", server_pid(directory), directory / "none.log", directory / "control")
-    with holder(mount.mountpoint / "config.json"):
-        crash(mount)
-        unmount(mount.mountpoint)
-        assert find_mount(mount.mountpoint) is None
-
-
-def test_a_crash_during_a_read_is_an_error_for_the_reader(directory: Path) -> None:
-    assert run_fake(directory)[0] == 0
-    mount = Mount(directory / "mnt", server_pid(directory), directory / "none.log", directory / "control")
-    client = reader(mount.mountpoint / "slow.bin")
-    wait_for((mount.control / "reading").exists, "a read in flight")
-    crash(mount)
-    assert client.communicate(timeout=DEADLINE)[0].startswith(b"failed with ")
-    unmount(mount.mountpoint)
-
-
-# -- status -----------------------------------------------------------------------------------------------------------
-
-
-def test_status_tells_programs_everything_about_each_mount(directory: Path) -> None:
-    with fake_mount(directory) as mount:
-        result = run_mergefs("status", "--json", state=directory / "state")
-        reports = {report["mountpoint"]: report for report in json.loads(result.stdout)}
-        report = reports[str(mount.mountpoint)]
-        assert (report["pid"], report["state"]) == (mount.pid, "live")
-        assert {
-            "recipes",
-            "plan_ids",
-            "expert_bytes_read",
-            "base_bytes_read",
-            "analysis_bytes_read",
-            "bytes_served",
-            "cache_bytes",
-            "cache_hits",
-            "cache_misses",
-            "uptime_s",
-        } <= report.keys()
-
-
-def test_status_shows_people_a_table_with_sizes_they_can_read(directory: Path) -> None:
-    with fake_mount(directory) as mount:
-        result = run_mergefs("status", mount.mountpoint, state=directory / "state")
-        header, row = result.stdout.splitlines()
-        assert header.split()[:2] == ["Mount", "Recipes"]
-        for cell in (str(mount.mountpoint), "ties.yml", "2.00 KiB", "1.00 MiB", "75 %", str(mount.pid)):
-            assert cell in row
-
-
-def test_status_of_what_is_no_mount_is_an_error(directory: Path) -> None:
-    result = run_mergefs("status", directory, state=directory / "state")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert f"{directory} is not a mount point" in result.stderr
-
-
-def test_status_does_not_wait_for_a_stopped_server(directory: Path) -> None:
-    with fake_mount(directory) as mount:
-        mount.kill(signal.SIGSTOP)
-        try:
-            result = run_mergefs("status", mount.mountpoint, state=directory / "state")
-        finally:
-            mount.kill(signal.SIGCONT)
-        assert result.returncode == 0
-        assert "does not answer" in result.stdout

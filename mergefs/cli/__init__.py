@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _leave_broken_pipe()
     except Exception as error:
         return _report_bug(error, given)
+    finally:
+        _close_logs()
 
 
 def _run(arguments: list[str]) -> int:
@@ -49,6 +51,13 @@ def _run(arguments: list[str]) -> int:
         _say("interrupted")
         return _INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _close_logs() -> None:
+    """Close the logs that the command opened, if it came that far."""
+    logs = sys.modules.get("mergefs.mount.logs")
+    if logs is not None:
+        logs.remove_handlers()
 
 
 def _say(sentence: str) -> None:
@@ -82,14 +91,9 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
 
 def _write_details(details: str, arguments: list[str]) -> Path:
     """Append the traceback to the log file of this run and return its path. Raises OSError."""
-    import logging
+    from mergefs.mount.logs import current_file, default_log_file
 
-    from mergefs.mount.logs import default_log_file
-
-    handlers = logging.getLogger().handlers
-    path = next((Path(h.baseFilename) for h in handlers if isinstance(h, logging.FileHandler)), None)
-    if path is None:
-        path = default_log_file("internal-error")
+    path = current_file() or default_log_file("internal-error")
     with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(f"mergefs {' '.join(arguments)}\n{details}")
     return path

@@ -25,6 +25,9 @@ _INSTALL: Final = (
 # plan, and that has to show within a second. Reads of an open file ask for neither.
 _TIMEOUT: Final = 1.0
 
+_THREADS: Final = 64
+_IDLE_THREADS: Final = 16
+
 # What libfuse 3 returns from its main loop when a signal ended it, which is the normal end of a mount.
 _ENDED_BY_SIGNAL: Final = 8
 
@@ -39,10 +42,10 @@ class Operations(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One loaded binding. ``libfuse`` is the major version of the C library behind it."""
+    """One loaded binding. ``libfuse`` is the version of the C library behind it, major and minor."""
 
     name: str
-    libfuse: int
+    libfuse: tuple[int, int]
     module: ModuleType
 
 
@@ -75,7 +78,7 @@ def _load_mfusepy() -> Binding:
             del os.environ["FUSE_LIBRARY_NAME"]
     else:
         module = importlib.import_module("mfusepy")
-    return Binding("mfusepy", int(module.fuse_version_major), module)
+    return Binding("mfusepy", (module.fuse_version_major, module.fuse_version_minor), module)
 
 
 def _load_fusepy() -> Binding:
@@ -83,7 +86,7 @@ def _load_fusepy() -> Binding:
     module = importlib.import_module("fuse")
     if not hasattr(module, "FuseOSError"):
         raise ImportError(f"{module.__file__} belongs to another package than fusepy")
-    return Binding("fusepy", 2, module)
+    return Binding("fusepy", (2, module._libfuse.fuse_version() % 10), module)
 
 
 def load_binding() -> Binding:
@@ -99,12 +102,12 @@ def load_binding() -> Binding:
     raise MountError(_INSTALL.format(reasons="; ".join(reasons)))
 
 
-def mount_options(allow_other: bool) -> dict[str, str | bool | float]:
-    """Return the options of every mount, in the words of libfuse.
+def mount_options(allow_other: bool, libfuse: tuple[int, int]) -> dict[str, str | bool | float | int]:
+    """Return the options of every mount, in the words of libfuse of that version.
 
-    All of them are taken by libfuse 2 and 3. There is no ``direct_io``, which would break mmap.
+    There is no ``direct_io``, which would break mmap.
     """
-    return {
+    options: dict[str, str | bool | float | int] = {
         "ro": True,
         "fsname": "mergefs",
         "subtype": "mergefs",
@@ -115,6 +118,10 @@ def mount_options(allow_other: bool) -> dict[str, str | bool | float]:
         "entry_timeout": _TIMEOUT,
         "allow_other": allow_other,
     }
+    if libfuse >= (3, 12):
+        # The default of 10 threads lets 10 slow reads hold up everybody; libfuse 2 knows no limit.
+        options |= {"max_threads": _THREADS, "max_idle_threads": _IDLE_THREADS}
+    return options
 
 
 def run(binding: Binding, operations: Operations, mountpoint: Path, allow_other: bool) -> None:
@@ -131,11 +138,11 @@ def run(binding: Binding, operations: Operations, mountpoint: Path, allow_other:
             os.fsencode(mountpoint).decode("latin-1"),
             foreground=True,
             encoding="latin-1",
-            **mount_options(allow_other),
+            **mount_options(allow_other, binding.libfuse),
         )
     except RuntimeError as error:
         status = error.args[0] if error.args else None
-        if operations.initialised and binding.libfuse == 3 and status == _ENDED_BY_SIGNAL:
+        if operations.initialised and binding.libfuse[0] == 3 and status == _ENDED_BY_SIGNAL:
             return
         what = "ended the mount" if operations.initialised else "could not mount"
         raise MountError(f"libfuse {what} on {mountpoint} with status {status}") from error

@@ -5,6 +5,7 @@ libfuse never daemonizes itself. Keep this module, and what it imports, light.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -70,7 +71,10 @@ def serve(options: MountOptions, build_tree: Callable[[], Tree]) -> None:
     check_mountpoint(mountpoint)
     check_device()
     if options.log_file is not None:
-        refuse_sources_inside(mountpoint, [options.log_file])
+        # Absolute, because the daemon leaves this working directory before it opens the log once more.
+        log_file = Path(os.path.realpath(options.log_file))
+        options = dataclasses.replace(options, log_file=log_file)
+        refuse_sources_inside(mountpoint, [log_file])
     server = _Server(options, mountpoint, binding, build_tree)
     if options.foreground:
         server.run_in_foreground()
@@ -204,11 +208,11 @@ class _Server:
 
     def _log_start(self) -> None:
         _log.info(
-            "serving %s as process %d through %s and libfuse %d",
+            "serving %s as process %d through %s and libfuse %d.%d",
             self.mountpoint,
             os.getpid(),
             self.binding.name,
-            self.binding.libfuse,
+            *self.binding.libfuse,
         )
 
     def _build(self) -> Tree:
@@ -243,7 +247,7 @@ class _Server:
         terminal = logs.add_terminal(logging.INFO if self.options.verbose else logging.WARNING)
 
         def announce() -> None:
-            logging.getLogger().removeHandler(terminal)
+            logs.remove_handler(terminal)
             _redirect_standard_streams(log_file)
             self._log_start()
             speaker.ready()
@@ -259,7 +263,7 @@ class _Server:
         except BaseException as error:
             is_ours = False  # the log is needed
             if not self.options.verbose:
-                logging.getLogger().removeHandler(terminal)
+                logs.remove_handler(terminal)
             _log.critical("the server failed", exc_info=error)
             sentence, status = (
                 f"internal error while mounting ({type(error).__name__}: {error}); this is a bug, "
@@ -268,7 +272,7 @@ class _Server:
             )
         else:
             return 0
-        logging.getLogger().removeHandler(terminal)  # the parent prints the sentence
+        logs.remove_handler(terminal)  # the parent prints the sentence
         _log.error("%s", sentence)
         if is_ours and not speaker.is_done:
             log_file.unlink(missing_ok=True)

@@ -14,6 +14,10 @@ from mergefs.errors import MountError
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+# What this module has added to the root logger, so that it removes nothing else.
+_installed: Final[list[logging.Handler]] = []
+
+
 class _SentenceFormatter(logging.Formatter):
     """Records as one line for people: ``mergefs: warning: ...``."""
 
@@ -56,8 +60,7 @@ def add_file(path: Path) -> logging.Handler:
     except OSError as error:
         raise MountError(f"cannot write the log file {path}: {error.strerror}; name another with --log-file") from error
     handler.setFormatter(logging.Formatter(_FORMAT))
-    logging.getLogger().addHandler(handler)
-    return handler
+    return _install(handler)
 
 
 def add_terminal(level: int) -> logging.Handler:
@@ -65,22 +68,39 @@ def add_terminal(level: int) -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)
     handler.setFormatter(_SentenceFormatter("%(message)s"))
-    logging.getLogger().addHandler(handler)
-    return handler
+    return _install(handler)
 
 
 def add_stream() -> logging.Handler:
     """Write all records to stderr as a log, for a server in the foreground."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT))
+    return _install(handler)
+
+
+def _install(handler: logging.Handler) -> logging.Handler:
+    """Give all records to ``handler``."""
     logging.getLogger().addHandler(handler)
+    _installed.append(handler)
     return handler
 
 
-def remove_handlers() -> None:
-    """Forget every handler that was set up before."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
+def remove_handler(handler: logging.Handler) -> None:
+    """Give no more records to ``handler``, and close it."""
+    logging.getLogger().removeHandler(handler)
+    if handler in _installed:
+        _installed.remove(handler)
         with contextlib.suppress(OSError):
             handler.close()
+
+
+def current_file() -> Path | None:
+    """Return the file that records are written to, or None."""
+    files = (handler for handler in _installed if isinstance(handler, logging.FileHandler))
+    return next((Path(handler.baseFilename) for handler in files), None)
+
+
+def remove_handlers() -> None:
+    """Forget every handler that this module has set up, and close their files."""
+    for handler in list(_installed):
+        remove_handler(handler)

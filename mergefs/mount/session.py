@@ -79,7 +79,7 @@ class _Announcer(threading.Thread):
             return
         self._capture.stop()
         for line in self._capture.lines():
-            _log.warning("libfuse: %s", line)
+            _log.info("libfuse: %s", line)  # it has mounted, whatever it remarked
         try:
             self._wait_until_visible()
             if not self._over.is_set():

@@ -167,11 +167,21 @@ def _points_into(link: Path, mountpoint: Path) -> bool:
 
 
 def _server(entry: MountEntry) -> int | None:
-    """Return a pidfd of the process that serves ``entry``, or None when it cannot be had."""
-    with contextlib.suppress(OSError, ValueError):
+    """Return a pidfd of the process that serves ``entry``, or None when it cannot be had.
+
+    Raises MountError when the server does not answer: the question then keeps the mount busy as long as it is open.
+    """
+    try:
         pid = read_status(entry).get("pid")
         if isinstance(pid, int) and _serves_fuse(pid):
             return os.pidfd_open(pid)
+    except TimeoutError:
+        raise MountError(
+            f"the server of {entry.mountpoint} does not answer, so that it cannot be asked to end; "
+            f"run `mergefs umount --lazy {entry.mountpoint}`"
+        ) from None
+    except (OSError, ValueError):
+        pass
     return None
 
 
