@@ -1,0 +1,1 @@
+"""A demonstration on models that are trained on the spot: `mergefs demo`."""
