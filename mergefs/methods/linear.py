@@ -6,7 +6,8 @@ import numpy as np
 
 from mergefs.errors import RecipeError
 from mergefs.kernels.arithmetic import fused_multiply_add
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
@@ -14,6 +15,7 @@ from mergefs.methods.contract import (
     Block,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -76,6 +78,26 @@ class Linear(Method[LinearCoefficients]):
         if coefficients.divisor is not None:
             total = total / carrier(coefficients.divisor)
         return precision.round(total)
+
+    def fused(self, run: RawRun, coefficients: LinearCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES:
+            return None
+        from mergefs.kernels.fused import weighted_average as kernel
+        from mergefs.kernels.fused.memory import addresses, empty_result
+
+        divisor = coefficients.divisor
+        result = empty_result(run.inputs[0], run.dtype)
+        kernel.KERNEL(
+            run.dtype,
+            result,
+            addresses(run.inputs),
+            np.array(coefficients.weights, dtype=np.float32),
+            divisor is not None,
+            np.float32(1 if divisor is None else divisor),
+            np.empty(kernel.TILE, dtype=np.float32),
+        )
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """The weights, after normalisation."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     Answers,
     BasePolicy,
@@ -13,6 +14,7 @@ from mergefs.methods.contract import (
     InnerProduct,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -87,6 +89,19 @@ class Slerp(Method[SlerpCoefficients]):
         base: Array = block.inputs[coefficients.base] * kind(coefficients.first)
         other: Array = block.inputs[coefficients.other] * kind(coefficients.second)
         return precision.round(np.add(base, other))
+
+    def fused(self, run: RawRun, coefficients: SlerpCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES:
+            return None
+        from mergefs.kernels.fused import two_factors as kernel
+        from mergefs.kernels.fused.memory import addresses, empty_result
+
+        pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])
+        result = empty_result(pair[0], run.dtype)
+        factors = np.array([coefficients.first, coefficients.second], dtype=np.float32)
+        kernel.KERNEL(run.dtype, result, addresses(pair), factors)
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """About t for the other model: the angle between fine-tunes of one base is small."""

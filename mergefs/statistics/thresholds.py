@@ -11,22 +11,54 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.kernels.precision import Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Threshold
-from mergefs.statistics.pair import TensorPair
+from mergefs.sources.ledger import Purpose
+from mergefs.statistics.pair import Location, TensorPair
 
 BINS = 1 << 15
 _SMALLEST_SUM = 1e-7
 
 
-def magnitude_histogram(pair: TensorPair) -> NDArray[np.int64]:
-    """Return how many magnitudes of the delta fall into each of the 32,768 bins, in order of magnitude."""
+def magnitude_histogram(pair: TensorPair, fused: bool = True) -> NDArray[np.int64]:
+    """Return how many magnitudes of the delta fall into each of the 32,768 bins, in order of magnitude.
+
+    A fused kernel counts where there is one for the compute dtype and ``fused`` allows it; the counts are the same.
+    """
+    if fused and pair.compute in FUSED_DTYPES:
+        return _fused_histogram(pair)
     precision = Precision(pair.compute)
     shift = np.uint32(precision.key_bits - 15)
     counts: NDArray[np.int64] = np.zeros(BINS, dtype=np.int64)
     for _, delta in pair.deltas():
         counts += np.bincount(precision.magnitude_keys(delta) >> shift, minlength=BINS)
     return counts
+
+
+def _fused_histogram(pair: TensorPair) -> NDArray[np.int64]:
+    """Return ``magnitude_histogram`` without an array of deltas in between."""
+    from mergefs.kernels.fused import histogram as kernel
+    from mergefs.kernels.fused.memory import address, empty_result
+
+    tables: NDArray[np.int64] = np.zeros((kernel.TABLES, BINS), dtype=np.int64)
+    bins: NDArray[np.uint32] = np.empty(kernel.TILE, dtype=np.uint32)
+    like = empty_result(np.empty(0, dtype=np.uint8), pair.compute)
+    for start, stop in pair.grid:
+        expert, base = (_in_compute_dtype(pair, place, start, stop) for place in (pair.expert, pair.base))
+        kernel.KERNEL(pair.compute, like, address(expert), address(base), stop - start, tables, bins)
+    counts: NDArray[np.int64] = tables.sum(axis=0)
+    return counts
+
+
+def _in_compute_dtype(pair: TensorPair, place: Location, start: int, stop: int) -> Raw:
+    """Return the bytes of a run of elements, converted where they are stored in another dtype."""
+    raw = place.read(pair.reader, start, stop, Purpose.ANALYSIS)
+    stored = place.tensor.dtype
+    if stored == pair.compute:
+        return raw
+    with np.errstate(all="ignore"):
+        return store(load(raw, stored, pair.compute), pair.compute, pair.compute)
 
 
 def threshold(pair: TensorPair, histogram: NDArray[np.int64], keep: int) -> Threshold:

@@ -44,6 +44,11 @@ class Kernel:
                 self._dispatcher.compile(self._signature(ELEMENTS[dtype]))
                 self._compiled.add(dtype)
 
+    @property
+    def loaded_from_cache(self) -> int:
+        """How many specialisations came from the cache instead of the compiler."""
+        return sum(self._dispatcher.stats.cache_hits.values())
+
     def __call__(self, dtype: DType, *arguments: Any) -> Any:
         """Run the specialisation for ``dtype``."""
         self.prepare(dtype)

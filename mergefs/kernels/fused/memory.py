@@ -1,5 +1,6 @@
 """How blocks of bytes are handed to kernels."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,11 @@ def address(raw: Raw) -> int:
     if not raw.flags.c_contiguous:
         raise ValueError("a kernel was given bytes that do not lie in one piece")
     return int(raw.__array_interface__["data"][0])
+
+
+def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
+    """Return ``address`` of each."""
+    return np.array([address(raw) for raw in raws], dtype=np.uint64)
 
 
 def empty_result(raw: Raw, dtype: DType) -> NDArray[Any]:

@@ -19,7 +19,6 @@ from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 ELEMENTS: Final[dict[DType, Any]] = {BF16: types.uint16, F16: types.int16, F32: types.uint32}
 """The integer types, told apart by numba, that stand for the dtypes in the signatures of kernels."""
 
-_INT8 = ir.IntType(8)
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
 _FLOAT = ir.FloatType()
@@ -42,6 +41,11 @@ def _int32(value: int) -> ir.Constant:
 
 def _float(value: float) -> ir.Constant:
     return ir.Constant(_FLOAT, value)
+
+
+def _magnitude(builder: Any, value: Any) -> Any:
+    """Return the bits of a float32 without the sign."""
+    return builder.and_(builder.bitcast(value, _INT32), _int32(0x7FFFFFFF))
 
 
 def _widen_bfloat16(builder: Any, bits: Any) -> Any:
@@ -74,7 +78,7 @@ def _round_bfloat16(builder: Any, value: Any) -> Any:
 def _round_float16(builder: Any, value: Any) -> Any:
     """Return the nearest F16, ties to even, as float32; what is below 2**-14 is rounded by adding 0.5."""
     bits = builder.bitcast(value, _INT32)
-    magnitude = builder.and_(bits, _int32(0x7FFFFFFF))
+    magnitude = _magnitude(builder, value)
     odd = builder.and_(builder.lshr(magnitude, _int32(13)), _int32(1))
     normal = builder.and_(builder.add(magnitude, builder.add(odd, _int32(0xFFF))), _int32(0xFFFFE000))
     is_infinite_or_nan = builder.icmp_signed(">", magnitude, _int32(_INFINITY))
@@ -93,17 +97,20 @@ def _narrow_bfloat16(builder: Any, value: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(_INT16, 0x7FC0), bits)
 
 
-def _narrow_float16(builder: Any, value: Any) -> Any:
-    """Return the bits of a float32 that is an F16."""
-    bits = builder.bitcast(value, _INT32)
-    magnitude = builder.and_(bits, _int32(0x7FFFFFFF))
+def _narrow_float16_magnitude(builder: Any, magnitude: Any) -> Any:
+    """Return the F16 bits, in 32, of a finite float32 that is an F16 and not negative."""
     normal = builder.lshr(builder.sub(magnitude, _int32(_EXPONENT_GAP)), _int32(13))
     shifted = builder.bitcast(builder.fadd(builder.bitcast(magnitude, _FLOAT), _float(0.5)), _INT32)
     subnormal = builder.sub(shifted, _int32(0x3F000000))
-    is_small = builder.icmp_signed("<", magnitude, _int32(_HALF_SMALLEST_NORMAL))
-    finite = builder.select(is_small, subnormal, normal)
+    return builder.select(builder.icmp_signed("<", magnitude, _int32(_HALF_SMALLEST_NORMAL)), subnormal, normal)
+
+
+def _narrow_float16(builder: Any, value: Any) -> Any:
+    """Return the bits of a float32 that is an F16."""
+    magnitude = _magnitude(builder, value)
+    finite = _narrow_float16_magnitude(builder, magnitude)
     whole = builder.select(builder.icmp_signed(">=", magnitude, _int32(_INFINITY)), _int32(0x7C00), finite)
-    sign = builder.and_(builder.lshr(bits, _int32(16)), _int32(0x8000))
+    sign = builder.and_(builder.lshr(builder.bitcast(value, _INT32), _int32(16)), _int32(0x8000))
     narrow = builder.trunc(builder.or_(whole, sign), _INT16)
     return builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(_INT16, 0x7E00), narrow)
 
@@ -112,6 +119,26 @@ def _narrow_float32(builder: Any, value: Any) -> Any:
     """Return the bits of a float32."""
     bits = builder.bitcast(value, _INT32)
     return builder.select(builder.fcmp_unordered("uno", value, value), _int32(0x7FC00000), bits)
+
+
+def _bin_bfloat16(builder: Any, value: Any) -> Any:
+    """Return the upper half of the magnitude; all NaN are one."""
+    upper = builder.lshr(_magnitude(builder, value), _int32(16))
+    return builder.select(builder.fcmp_unordered("uno", value, value), _int32(0x7FC0), upper)
+
+
+def _bin_float16(builder: Any, value: Any) -> Any:
+    """Return the F16 bits of the magnitude, with the payload of NaN."""
+    magnitude = _magnitude(builder, value)
+    payload = builder.and_(builder.lshr(magnitude, _int32(13)), _int32(0x3FF))
+    finite = _narrow_float16_magnitude(builder, magnitude)
+    special = builder.or_(payload, _int32(0x7C00))
+    return builder.select(builder.icmp_signed(">=", magnitude, _int32(_INFINITY)), special, finite)
+
+
+def _bin_float32(builder: Any, value: Any) -> Any:
+    """Return the upper 15 bits of the magnitude."""
+    return builder.lshr(_magnitude(builder, value), _int32(16))
 
 
 _WIDEN: Final[dict[Any, tuple[ir.Type, Callable[[Any, Any], Any]]]] = {
@@ -128,6 +155,13 @@ _NARROW: Final[dict[Any, Callable[[Any, Any], Any]]] = {
     types.uint16: _narrow_bfloat16,
     types.int16: _narrow_float16,
     types.uint32: _narrow_float32,
+}
+
+
+_BIN: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+    types.uint16: _bin_bfloat16,
+    types.int16: _bin_float16,
+    types.uint32: _bin_float32,
 }
 
 
@@ -171,9 +205,20 @@ def magnitude_bits(typing_context: Any, value: Any) -> Any:
     """Return the bits of ``abs(value)`` as int32; they order as the magnitudes do."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.and_(builder.bitcast(arguments[0], _INT32), _int32(0x7FFFFFFF))
+        return _magnitude(builder, arguments[0])
 
     return types.int32(types.float32), generate
+
+
+@_instruction
+def magnitude_bin(typing_context: Any, value: Any, like: Any) -> Any:
+    """Return the upper 15 bits of the key of ``abs(value)`` in the dtype of ``like``, as uint32."""
+    choose = _BIN[like.dtype]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return choose(builder, arguments[0])
+
+    return types.uint32(types.float32, like), generate
 
 
 @_instruction

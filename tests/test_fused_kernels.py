@@ -1,0 +1,361 @@
+"""The fused kernels equal the numpy reference bit for bit, for every bit pattern; the reference is the definition."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from mergefs.checkpoint.checkpoint import open_checkpoint
+from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
+from mergefs.engine.compute import run_kernel
+from mergefs.kernels.fused import FUSED_DTYPES, compilation, prepare
+from mergefs.kernels.precision import Precision, Raw, load, store
+from mergefs.methods.contract import Method, Threshold
+from mergefs.methods.linear import Linear, LinearCoefficients
+from mergefs.methods.registry import METHODS
+from mergefs.methods.slerp import Slerp, SlerpCoefficients
+from mergefs.methods.task_vector import (
+    TIES,
+    ExpertCoefficients,
+    KeepAll,
+    KeepLargest,
+    KeepNone,
+    KeepRandom,
+    Mask,
+    TaskVectorCoefficients,
+)
+from mergefs.sources.ledger import Ledger
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.pair import Location, TensorPair
+from mergefs.statistics.thresholds import magnitude_histogram
+
+REPOSITORY = Path(__file__).parent.parent
+SPECIAL_VALUES = (
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-40,
+    6e-8,
+    -6e-5,
+    6.1e-5,
+    65504.0,
+    65520.0,
+    1e30,
+    -3.4e38,
+    np.inf,
+    -np.inf,
+    np.nan,
+)
+FACTORS = (0.0, -0.0, 1.0, -1.0, 0.3, 1e-9, 3e38, np.inf, np.nan)
+
+by_dtype = pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=lambda dtype: dtype.name)
+seeds = st.integers(0, 2**63 - 1)
+factors = st.sampled_from(FACTORS) | st.floats(-4, 4)
+"""Weights, scales and divisors, before they are rounded to the compute dtype."""
+
+
+def elements(raw: Raw, dtype: DType) -> NDArray[Any]:
+    """Return the bit patterns of ``raw`` with one pattern for all NaN."""
+    bits: NDArray[Any] = raw.view({16: np.uint16, 32: np.uint32, 64: np.uint64}[dtype.bits]).copy()
+    bits[np.isnan(load(raw, dtype, dtype))] = 0x7FFF
+    return bits
+
+
+def random_bytes(generator: np.random.Generator, size: int, dtype: DType) -> Raw:
+    """Return elements of one of four kinds: any bits, values like weights, values with many ties, special values."""
+    with np.errstate(all="ignore"):
+        match generator.integers(4):
+            case 0:
+                return generator.integers(0, 256, size * dtype.itemsize, dtype=np.uint8)
+            case 1:
+                values = generator.standard_normal(size) * 10.0 ** generator.uniform(-8, 2)
+            case 2:
+                values = generator.integers(-3, 4, size) * 2.0 ** generator.integers(-24, 4)
+            case _:
+                values = generator.choice(SPECIAL_VALUES, size)
+        return store(Precision(dtype).round(values.astype(np.float32)), dtype, dtype)
+
+
+def random_inputs(seed: int, count: int, size: int, dtype: DType) -> tuple[tuple[Raw, DType], ...]:
+    """Return ``count`` inputs stored in ``dtype``."""
+    generator = np.random.default_rng(seed)
+    return tuple((random_bytes(generator, size, dtype), dtype) for _ in range(count))
+
+
+def assert_equals_reference(
+    method: Method[Any],
+    coefficients: Any,
+    inputs: tuple[tuple[Raw, DType], ...],
+    compute: DType,
+    start: int = 0,
+    out: DType | None = None,
+) -> None:
+    """Assert that both ways give the same bits, NaN standing for any NaN."""
+    out = out or compute
+    fused = run_kernel(method, coefficients, inputs, compute, out, start)
+    reference = run_kernel(method, coefficients, inputs, compute, out, start, fused=False)
+    np.testing.assert_array_equal(elements(fused, out), elements(reference, out))
+
+
+def masks(dtype: DType) -> st.SearchStrategy[Mask]:
+    """Return any mask; thresholds lie anywhere, those that are met among them."""
+    keys = st.integers(0, 2 ** Precision(dtype).key_bits - 1) | st.sampled_from(
+        [int(key) for key in Precision(dtype).magnitude_keys(np.array([0, 2**-24, 2**-10, 1, np.inf], np.float32))]
+    )
+    return st.one_of(
+        st.just(KeepAll()),
+        st.just(KeepNone()),
+        st.builds(KeepLargest, st.builds(Threshold, keys, st.integers(0, 2**40) | st.integers(990, 4000))),
+        st.builds(KeepRandom, st.integers(0, 2**64 - 1), st.integers(0, 2**24)),
+    )
+
+
+@st.composite
+def task_vector_coefficients(draw: st.DrawFn, dtype: DType) -> TaskVectorCoefficients:
+    """Return coefficients for one to six experts, in any order, the base among them."""
+    precision = Precision(dtype)
+
+    def rounded(value: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(precision.scalar(value))
+
+    count = draw(st.integers(1, 6))
+    order = draw(st.permutations(range(count + 1)))
+    experts = tuple(
+        ExpertCoefficients(
+            model,
+            draw(masks(dtype)),
+            draw(st.none() | factors.map(rounded)),
+            rounded(draw(factors)),
+        )
+        for model in order[1:]
+    )
+    consensus = draw(st.booleans())
+    return TaskVectorCoefficients(
+        base=order[0],
+        experts=experts,
+        consensus=consensus,
+        normalize=draw(st.booleans()),
+        divisor=None if consensus else rounded(draw(factors)),
+        scale=draw(st.none() | factors),
+    )
+
+
+@by_dtype
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), seed=seeds, size=st.integers(1, 3000), start=st.sampled_from([0, 1, 1000, 2**33 + 7]))
+def test_any_task_vector_merge_equals_the_reference(
+    dtype: DType, data: st.DataObject, seed: int, size: int, start: int
+) -> None:
+    coefficients = data.draw(task_vector_coefficients(dtype))
+    inputs = random_inputs(seed, len(coefficients.experts) + 1, size, dtype)
+    assert_equals_reference(TIES, coefficients, inputs, dtype, start)
+
+
+@by_dtype
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(factors, min_size=1, max_size=6),
+    divisor=st.none() | factors.filter(lambda value: value != 0),
+    seed=seeds,
+    size=st.integers(1, 5000),
+)
+def test_any_weighted_average_equals_the_reference(
+    dtype: DType, weights: list[float], divisor: float | None, seed: int, size: int
+) -> None:
+    singles = tuple(float(np.float32(weight)) for weight in weights)
+    coefficients = LinearCoefficients(singles, None if divisor is None else float(np.float32(divisor)))
+    assert_equals_reference(Linear(), coefficients, random_inputs(seed, len(weights), size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=60, deadline=None)
+@given(first=factors, second=factors, swapped=st.booleans(), seed=seeds, size=st.integers(1, 5000))
+def test_any_spherical_interpolation_equals_the_reference(
+    dtype: DType, first: float, second: float, swapped: bool, seed: int, size: int
+) -> None:
+    coefficients = SlerpCoefficients(
+        int(swapped), int(not swapped), float(np.float32(first)), float(np.float32(second))
+    )
+    assert_equals_reference(Slerp(), coefficients, random_inputs(seed, 2, size, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("factor", (1.0, 0.7, 1 / 3, 1 + 2**-9, 2.0**-9, 257.0))
+def test_every_16_bit_pattern_is_read_rounded_and_written_as_by_the_reference(dtype: DType, factor: float) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+    zeros = np.zeros(2**17, dtype=np.uint8)
+    coefficients = SlerpCoefficients(0, 1, float(np.float32(factor)), 1.0)
+    assert_equals_reference(Slerp(), coefficients, ((every, dtype), (zeros, dtype)), dtype)
+
+
+@by_dtype
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), seed=seeds, cut=st.integers(1, 2999))
+def test_where_a_run_is_cut_changes_nothing(dtype: DType, data: st.DataObject, seed: int, cut: int) -> None:
+    coefficients = data.draw(task_vector_coefficients(dtype))
+    inputs = random_inputs(seed, len(coefficients.experts) + 1, 3000, dtype)
+    whole = run_kernel(TIES, coefficients, inputs, dtype, dtype, 500)
+    byte = cut * dtype.itemsize
+    # The second part of a 16 bit type may begin at an address that is no multiple of the cache line, or of 4.
+    parts = [
+        run_kernel(TIES, coefficients, tuple((raw[:byte], d) for raw, d in inputs), dtype, dtype, 500),
+        run_kernel(TIES, coefficients, tuple((raw[byte:], d) for raw, d in inputs), dtype, dtype, 500 + cut),
+    ]
+    np.testing.assert_array_equal(elements(np.concatenate(parts), dtype), elements(whole, dtype))
+
+
+@by_dtype
+def test_bytes_at_odd_addresses_and_read_only_bytes_are_merged(dtype: DType) -> None:
+    coefficients = LinearCoefficients((0.3, 0.7), 1.0)
+    inputs = random_inputs(3, 2, 2500, dtype)
+    shifted = tuple((np.frombuffer(b"\0" + raw.tobytes(), dtype=np.uint8)[1:], stored) for raw, stored in inputs)
+    expected = run_kernel(Linear(), coefficients, inputs, dtype, dtype, 0, fused=False)
+    merged = run_kernel(Linear(), coefficients, shifted, dtype, dtype, 0)
+    np.testing.assert_array_equal(elements(merged, dtype), elements(expected, dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    stored=st.lists(st.sampled_from([BF16, F16, F32, F64]), min_size=2, max_size=2),
+    compute=st.sampled_from([BF16, F16, F32, F64]),
+    out=st.sampled_from([BF16, F16, F32, F64]),
+    seed=seeds,
+)
+def test_inputs_and_outputs_of_other_dtypes_are_converted_as_for_the_reference(
+    data: st.DataObject, stored: list[DType], compute: DType, out: DType, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    inputs = tuple(
+        (
+            random_bytes(generator, 700, dtype) if dtype != F64 else generator.standard_normal(700).view(np.uint8),
+            dtype,
+        )
+        for dtype in stored
+    )
+    expert = ExpertCoefficients(1, data.draw(masks(compute)), None, 0.5)
+    coefficients = TaskVectorCoefficients(0, (expert,), True, True, None, 1.5)
+    assert_equals_reference(TIES, coefficients, inputs, compute, 3, out)
+
+
+def test_a_merge_without_experts_is_its_base() -> None:
+    ((raw, dtype),) = random_inputs(5, 1, 100, BF16)
+    coefficients = TaskVectorCoefficients(0, (), True, True, None, None)
+    assert run_kernel(TIES, coefficients, ((raw, dtype),), BF16, BF16, 0).tobytes() == raw.tobytes()
+
+
+def test_an_empty_run_gives_no_bytes() -> None:
+    empty: Raw = np.empty(0, dtype=np.uint8)
+    assert run_kernel(Linear(), LinearCoefficients((1.0,), None), ((empty, F32),), F32, F32, 0).size == 0
+
+
+@by_dtype
+@settings(max_examples=12, deadline=None)
+@given(seed=seeds, size=st.integers(1, 9000))
+def test_the_fused_histogram_counts_what_the_reference_counts(
+    dtype: DType, seed: int, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    generator = np.random.default_rng(seed)
+    torch_dtype = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32}
+    places = []
+    for stored in (dtype, dtype if generator.random() < 0.7 else F32):
+        directory = tmp_path_factory.mktemp("model")
+        tensor = torch.from_numpy(random_bytes(generator, size, stored)).view(torch_dtype[stored])
+        save_file({"weight": tensor}, directory / "model.safetensors")
+        (directory / "config.json").write_text("{}")
+        checkpoint = open_checkpoint(directory)
+        places.append(Location(checkpoint, checkpoint.tensors["weight"]))
+    reader = SourceReader(Ledger())
+    try:
+        pair = TensorPair(places[0], places[1], dtype, reader)
+        with np.errstate(all="ignore"):
+            expected = magnitude_histogram(pair, fused=False)
+        np.testing.assert_array_equal(magnitude_histogram(pair), expected)
+        assert expected.sum() == size
+    finally:
+        reader.close()
+
+
+def test_methods_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
+    prepare(["passthrough", "linear"], [F64, F32])
+    assert METHODS["passthrough"].specification.name == "passthrough"
+
+
+def run_python(code: str, cache: Path) -> str:
+    """Run ``code`` in a process of its own that keeps compiled kernels in ``cache``; return what it prints."""
+    environment = dict(os.environ, NUMBA_CACHE_DIR=str(cache), PYTHONPATH=str(REPOSITORY))
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_registry_of_methods_does_not_import_numba(tmp_path: Path) -> None:
+    code = "import sys, mergefs.methods.registry, mergefs.engine.compute; print('numba' in sys.modules)"
+    assert run_python(code, tmp_path) == "False\n"
+
+
+SLERP_IN_ANOTHER_PROCESS = """
+import numpy as np
+from mergefs.checkpoint.dtypes import BF16
+from mergefs.kernels.fused import prepare, two_factors
+from mergefs.engine.compute import run_kernel
+from mergefs.methods.slerp import Slerp, SlerpCoefficients
+prepare(["slerp"], [BF16])
+raw = np.array([0x3F80, 0x4000], dtype=np.uint16).view(np.uint8)
+print(run_kernel(Slerp(), SlerpCoefficients(0, 1, 1.0, 1.0), ((raw, BF16), (raw, BF16)), BF16, BF16, 0).tobytes().hex())
+print("loaded" if two_factors.KERNEL.loaded_from_cache else "compiled")
+"""
+ONE_AND_TWO_DOUBLED = "00408040"
+
+
+def test_the_next_process_loads_what_was_compiled_and_a_damaged_cache_is_compiled_anew(tmp_path: Path) -> None:
+    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "compiled"]
+    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "loaded"]
+    kept = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:100])
+    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "compiled"]
+
+
+def test_without_a_directory_for_the_cache_kernels_are_compiled_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergefs.kernels.fused import two_factors
+
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(compilation, "_make_cache", refuse)
+    kernel = compilation.Kernel(two_factors._two_factors, two_factors._signature)
+    monkeypatch.setattr(two_factors, "KERNEL", kernel)
+    assert_equals_reference(Slerp(), SlerpCoefficients(0, 1, 0.3, 0.7), random_inputs(1, 2, 100, F32), F32)
+
+
+def test_a_full_disk_leaves_kernels_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.caching import IndexDataCacheFile
+
+    from mergefs.kernels.fused import two_factors
+
+    attempts = []
+
+    def fail(self: Any, key: Any, data: Any) -> None:
+        attempts.append(key)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "save", fail)
+    monkeypatch.setattr(IndexDataCacheFile, "load", lambda self, key: None)
+    kernel = compilation.Kernel(two_factors._two_factors, two_factors._signature)
+    monkeypatch.setattr(two_factors, "KERNEL", kernel)
+    assert_equals_reference(Slerp(), SlerpCoefficients(0, 1, 0.3, 0.7), random_inputs(1, 2, 100, F32), F32)
+    assert attempts
