@@ -171,6 +171,17 @@ def test_a_bug_is_one_sentence_and_its_traceback_a_file(
     assert "Traceback" in log.read_text()
 
 
+def test_a_bug_that_says_much_is_one_line_all_the_same(
+    act: list[object], capsys: pytest.CaptureFixture[str], state: Path
+) -> None:
+    act.append(ValueError("first line\n\n  second line\n" + 10_000 * "x"))
+    assert main(["act"]) == 1
+    shown = capsys.readouterr().err
+    assert "ValueError: first line second line xxx" in shown
+    assert shown.count("\n") == 1
+    assert len(shown) < 1000
+
+
 def test_a_bug_is_shown_in_full_to_who_asks_and_kept_in_the_log_they_named(
     act: list[object], capsys: pytest.CaptureFixture[str], state: Path
 ) -> None:

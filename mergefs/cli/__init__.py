@@ -78,6 +78,8 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
     """Say in one sentence that this is our mistake, and where the details are."""
     import traceback
 
+    from mergefs.mount.logs import summary
+
     details = "".join(traceback.format_exception(error))
     if {"-v", "--verbose"} & set(arguments):
         click.echo(details, err=True, nl=False)
@@ -85,7 +87,7 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
         where = f"and {_write_details(details, arguments)} has the details"
     except OSError:
         where = "and `mergefs --verbose` shows the details"
-    _say(f"error: internal error ({type(error).__name__}: {error}); this is a bug, {where}")
+    _say(f"error: internal error ({summary(error)}); this is a bug, {where}")
     return 1
 
 

@@ -48,22 +48,22 @@ def command(
 
     def build() -> "Tree":
         """Build the tree; called in the process that serves it, because what this imports must not be forked."""
+        from mergefs.cli.progress import progress
         from mergefs.mount.build import BuildOptions, build_tree, source_paths
 
-        tree = build_tree(
-            paths,
-            BuildOptions(
-                catalog=settings.catalog,
-                budget=budget,
-                base=base,
-                random_seed=random_seed,
-                cache_size=cache_size,
-                max_shard_size=max_shard_size,
-                warm=warm,
-            ),
+        options = BuildOptions(
+            catalog=settings.catalog,
+            budget=budget,
+            base=base,
+            random_seed=random_seed,
+            cache_size=cache_size,
+            max_shard_size=max_shard_size,
+            warm=warm,
         )
+        with progress() as listener:
+            tree = build_tree(paths, options, listener)
         try:
-            refuse_sources_inside(target, (*paths, *source_paths(tree)))
+            refuse_sources_inside(target, source_paths(tree))
         except BaseException:
             tree.close()
             raise

@@ -266,8 +266,7 @@ class _Server:
                 logs.remove_handler(terminal)
             _log.critical("the server failed", exc_info=error)
             sentence, status = (
-                f"internal error while mounting ({type(error).__name__}: {error}); this is a bug, "
-                f"and {log_file} has the details",
+                f"internal error while mounting ({logs.summary(error)}); this is a bug, and {log_file} has the details",
                 1,
             )
         else:

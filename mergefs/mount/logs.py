@@ -45,6 +45,12 @@ def default_log_file(name: str) -> Path:
     return log_directory() / f"{safe}-{os.getpid()}.log"
 
 
+def summary(error: BaseException) -> str:
+    """Return the kind of ``error`` and the beginning of what it says, on one line: some say very much."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}" if text else type(error).__name__
+
+
 def set_levels(verbose: bool) -> None:
     """Let through what is ours from INFO (DEBUG when ``verbose``) and warnings of everybody else."""
     logging.getLogger().setLevel(logging.WARNING)
