@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergefs.errors import MountError
-from mergefs.mount.models import STATUS_ATTRIBUTE
+from mergefs.mount.tree import STATUS_ATTRIBUTE
 
 
 @contextmanager

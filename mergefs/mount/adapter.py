@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mergefs.mount.guard import WrongAnswerError, guarded, log_failure
-from mergefs.mount.tree import Attributes, Tree
-
-STATUS_ATTRIBUTE: Final = "user.mergefs.status"
+from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes, Tree
 
 _PREFERRED_BLOCK: Final = 1 << 20
 _STATFS_BLOCK: Final = 4096

@@ -11,10 +11,9 @@ from blake3 import blake3
 
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import Resources
-from mergefs.mount.tree import Attributes
+from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
 
 PLAN_ID_ATTRIBUTE = "user.mergefs.plan_id"
-STATUS_ATTRIBUTE = "user.mergefs.status"
 
 
 @dataclass(frozen=True, slots=True)

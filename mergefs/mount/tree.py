@@ -5,7 +5,10 @@ The adapter puts a ``Tree`` onto a binding of libfuse; tests drive the adapter w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+STATUS_ATTRIBUTE: Final = "user.mergefs.status"
+"""The extended attribute of the root that holds what the mount says of itself, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)

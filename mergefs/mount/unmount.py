@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from mergefs.errors import MountError
-from mergefs.mount.adapter import STATUS_ATTRIBUTE
 from mergefs.mount.mountinfo import (
     FILESYSTEM,
     MountEntry,
@@ -24,6 +23,7 @@ from mergefs.mount.mountinfo import (
     state,
     within_deadline,
 )
+from mergefs.mount.tree import STATUS_ATTRIBUTE
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
