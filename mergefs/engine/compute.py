@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Block, Method, RawRun
 
@@ -68,11 +68,3 @@ def convert(raw: Raw, stored: DType, compute: DType, out: DType) -> Raw:
         return raw
     with np.errstate(all="ignore"):
         return store(load(raw, stored, compute), compute, out)
-
-
-def is_finite(raw: Raw, dtype: DType) -> bool:
-    """Return whether ``raw`` holds neither NaN nor infinity: whether no exponent has all bits set."""
-    if dtype in (BF16, F16):
-        exponent = np.uint16(0x7F80 if dtype == BF16 else 0x7C00)
-        return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
-    return bool(np.isfinite(raw.view(np.float32 if dtype == F32 else np.float64)).all())

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.source import Shard
-from mergefs.engine.compute import convert, is_finite, run_kernel
+from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
-from mergefs.kernels.precision import Raw
+from mergefs.kernels.precision import Raw, is_finite
 from mergefs.planner.plan import MergePlan, OutputFile, Role, TensorPlan
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.reader import check_unchanged

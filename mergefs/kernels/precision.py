@@ -101,6 +101,14 @@ def store(values: Array, compute: DType, out: DType) -> Raw:
     return raw
 
 
+def is_finite(raw: Raw, dtype: DType) -> bool:
+    """Return whether ``raw`` holds neither NaN nor infinity: whether no exponent has all bits set."""
+    if dtype in (BF16, F16):
+        exponent = np.uint16(0x7F80 if dtype == BF16 else 0x7C00)
+        return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(raw.view(np.float32 if dtype == F32 else np.float64)).all())
+
+
 def _convert(values: Array, source: DType, target: DType) -> Array:
     """Round ``values`` of dtype ``source`` to ``target`` and move them into its carrier (F64 goes by float32)."""
     if source == target:

@@ -10,7 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import ContentRecord, DeltaRecord
 from mergefs.checkpoint.dtypes import DType
 from mergefs.errors import NonFiniteError
-from mergefs.kernels.precision import Array, Raw, load
+from mergefs.kernels.precision import Array, Raw, is_finite, load
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.reader import SourceReader
@@ -60,8 +60,9 @@ def analyze_tensor(
         values = [load(raw, place.tensor.dtype, compute) for raw, place in zip(raws, places, strict=True)]
         for index, (raw, hasher) in enumerate(zip(raws, hashers, strict=True)):
             hasher.update(raw)
-            if not np.isfinite(values[index]).all():
-                raise _non_finite(places[index], values[index], start)
+            dtype = places[index].tensor.dtype
+            if not is_finite(raw, dtype):
+                raise _non_finite(places[index], load(raw, dtype, dtype), start)
             if index != base:
                 delta = values[index].astype(np.float64) - values[base]
                 norms[index, block] = np.float32((delta * delta).sum())
@@ -80,10 +81,17 @@ def analyze_tensor(
 
 
 def hash_tensor(place: Location, catalog: Catalog, reader: SourceReader) -> None:
-    """Read one tensor that has no deltas (integers, the base alone) and keep its hashes."""
+    """Read one tensor that has no deltas (integers, a model alone) and keep its hashes.
+
+    Raises NonFiniteError naming it when it holds a NaN or an infinity.
+    """
     hasher = _ContentHasher()
+    dtype = place.tensor.dtype
     for start, stop in BlockGrid.of(place.tensor.shape):
-        hasher.update(place.read(reader, start, stop, Purpose.ANALYSIS))
+        raw = place.read(reader, start, stop, Purpose.ANALYSIS)
+        if dtype.is_float and not is_finite(raw, dtype):
+            raise _non_finite(place, load(raw, dtype, dtype), start)
+        hasher.update(raw)
     catalog.keep_content(local_key(place), hasher.record())
 
 
