@@ -39,9 +39,13 @@ class _Items:
 
 
 def select_blocks(tensors: Sequence[TensorPlan], method: Method[Any], catalog: Catalog, limit: int) -> SelectionResult:
-    """Choose blocks for at most ``limit`` bytes; every delta must have its block statistics in the catalog."""
+    """Choose blocks for at most ``limit`` bytes; every delta must have its block statistics in the catalog.
+
+    Raises BudgetError where ``limit`` cannot pay for what must be copied from an expert.
+    """
+    tensors = [_copied_from_the_base(tensor) for tensor in tensors]
     items, free = _gather(tensors, method, catalog)
-    chosen = _choose(items, limit)
+    chosen = _choose(items, _left_after_copies(tensors, limit))
     bought = [np.zeros((len(t.places), t.grid.count), dtype=np.bool_) for t in tensors]
     for index in np.flatnonzero(chosen):
         bought[items.tensor[index]][items.model[index], items.block[index]] = True
@@ -53,6 +57,27 @@ def select_blocks(tensors: Sequence[TensorPlan], method: Method[Any], catalog: C
     total = float(items.gain.sum())
     left = float(items.gain[~chosen].sum())
     return SelectionResult(selected, math.sqrt(left / total) if total > 0 else 0.0)
+
+
+def _copied_from_the_base(tensor: TensorPlan) -> TensorPlan:
+    """Return the plan of a copied tensor with the stand-in in the place of an expert: all models have it alike."""
+    if tensor.context is not None or tensor.stand_in is None:
+        return tensor
+    return replace(tensor, places=(tensor.stand_in,), roles=(Role.BASE,))
+
+
+def _left_after_copies(tensors: Sequence[TensorPlan], limit: int) -> int:
+    """Return what is left of ``limit`` after the tensors that only an expert has, and that must be copied whole."""
+    for tensor in tensors:
+        if tensor.context is not None or tensor.expert_bytes == 0:
+            continue
+        limit -= tensor.expert_bytes
+        if limit < 0:
+            raise BudgetError(
+                f"{tensor.places[0].describe()} must be copied whole, since what stands in for the experts has no such "
+                f"tensor, and the budget falls {-limit} bytes short of that; raise the budget"
+            )
+    return limit
 
 
 def _gather(

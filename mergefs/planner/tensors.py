@@ -21,6 +21,7 @@ from mergefs.statistics.pair import Location
 
 _OUTPUT_EMBEDDING: Final = ("lm_head.weight", "embed_out.weight")
 _INPUT_EMBEDDING: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_NUMBER: Final = re.compile("([0-9]+)")
 _COMPUTED_BUFFER: Final = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$"
 )
@@ -34,15 +35,23 @@ def plan_tensors(
     donor: Checkpoint,
     random_seed: int,
 ) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
-    """Return a plan for every tensor of the merged model, in the donor's order, and notes worth telling.
+    """Return a plan for every tensor of the merged model, and notes worth telling.
+
+    The tensors are in the order of their names, with numbers in them as numbers: neither the files of the merged model
+    nor what a budget buys depend on how the donor is sharded.
 
     Raises PlanError for tensors that are missing or of another shape, RecipeError for parameters that do not fit.
     """
     notes: list[str] = []
     _refuse_extra_tensors(inputs, donor, notes)
-    in_order = sorted(donor.tensors.values(), key=lambda tensor: (tensor.shard, tensor.offset))
+    in_order = sorted(donor.tensors.values(), key=lambda tensor: (_natural_order(tensor.name), tensor.name))
     planned = [_plan_tensor(tensor, recipe, method, inputs, stand_in, donor, random_seed, notes) for tensor in in_order]
     return tuple(planned), tuple(dict.fromkeys(notes))
+
+
+def _natural_order(name: str) -> list[str | int]:
+    """Return a key that sorts layer 10 after layer 2."""
+    return [int(part) if part.isdecimal() else part for part in _NUMBER.split(name)]
 
 
 def _plan_tensor(
@@ -71,7 +80,7 @@ def _plan_tensor(
                 "leave it out"
             )
         notes.append(f"{tensor.name}: copied from {donor.path}, because {missing.checkpoint.path} has none")
-        return _copied(tensor, Location(donor, tensor), _role_of(donor, inputs))
+        return _copied(tensor, donor, inputs, stand_in)
     dtypes = [place.tensor.dtype for place in places]
     if not all(dtype.is_float for dtype in dtypes):
         if len(set(dtypes)) > 1:
@@ -79,7 +88,7 @@ def _plan_tensor(
                 f"tensor {tensor.name!r} is {dtypes[0].name} in {inputs[0].checkpoint.path} and has another type in "
                 "another model; tensors that are not floating-point must agree"
             )
-        return _copied(tensor, Location(donor, tensor), _role_of(donor, inputs))
+        return _copied(tensor, donor, inputs, stand_in)
     compute = recipe.dtype or _promoted(dtypes)
     parameters = resolve_parameters(
         recipe, method.specification, tensor.name, layer_position(tensor.name, donor.number_of_layers)
@@ -123,23 +132,22 @@ def _stand_in(
     return place
 
 
-def _copied(tensor: TensorSource, place: Location, role: Role) -> TensorPlan:
+def _copied(
+    tensor: TensorSource, donor: Checkpoint, inputs: Sequence[PlanInput], stand_in: PlanInput | None
+) -> TensorPlan:
     """Return the plan of a tensor that is copied as it is."""
+    spare = stand_in.checkpoint.tensors.get(tensor.name) if stand_in is not None else None
+    alike = spare is not None and (spare.dtype, spare.shape) == (tensor.dtype, tensor.shape)
     return TensorPlan(
         name=tensor.name,
         shape=tensor.shape,
         dtype=tensor.dtype,
         compute=tensor.dtype,
-        places=(place,),
-        roles=(role,),
-        stand_in=None,
+        places=(Location(donor, tensor),),
+        roles=(next(entry.role for entry in inputs if entry.checkpoint is donor),),
+        stand_in=Location(stand_in.checkpoint, spare) if stand_in is not None and spare is not None and alike else None,
         context=None,
     )
-
-
-def _role_of(donor: Checkpoint, inputs: Sequence[PlanInput]) -> Role:
-    """Return the role of the input whose checkpoint is the donor."""
-    return next(entry.role for entry in inputs if entry.checkpoint is donor)
 
 
 def _find(checkpoint: Checkpoint, name: str) -> TensorSource | None:
