@@ -46,6 +46,9 @@ SETTINGS: Final = np.dtype(
 """What holds for the whole run."""
 
 TILE: Final = 1024
+_PADDING: Final = 48
+"""Keeps the rows of the tiles from lying whole pages apart, where they would fight for the same lines of the cache."""
+
 _BASE, _TOTAL, _MIXED, _DIVISOR, _DELTAS = 0, 1, 2, 3, 4
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
@@ -56,7 +59,21 @@ _ONE = np.float32(1)
 
 def tiles(experts: int) -> NDArray[np.float32]:
     """Return the tile buffers that a run with so many experts needs."""
-    return np.empty((_DELTAS + experts, TILE), dtype=np.float32)
+    return np.empty((_DELTAS + experts, TILE + _PADDING), dtype=np.float32)
+
+
+@inlined
+def _load(result: Any, address: Any, first: Any, count: Any, tile: Any) -> Any:
+    """Load ``count`` elements into a tile."""
+    for i in range(count):
+        tile[i] = loaded(address, first + i, result)
+
+
+@inlined
+def _clear(tile: Any, count: Any) -> Any:
+    """Fill a tile with zeros."""
+    for i in range(count):
+        tile[i] = _ZERO
 
 
 @inlined
@@ -106,10 +123,10 @@ def _add_random(
     """Add the weighted deltas that the draws of SplitMix64 keep to ``total``."""
     address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
     limit = expert.limit
-    counter = expert.key + (start + first + np.uint64(1)) * _GAMMA
+    counter = expert.key + (start + first) * _GAMMA
     for i in range(count):
-        state = counter + i * _GAMMA
-        state = (state ^ (state >> np.uint64(30))) * _FIRST_FACTOR
+        counter += _GAMMA
+        state = (counter ^ (counter >> np.uint64(30))) * _FIRST_FACTOR
         state = (state ^ (state >> np.uint64(27))) * _SECOND_FACTOR
         state = (state ^ (state >> np.uint64(31))) >> np.uint64(40)
         delta = rounded(loaded(address, first + i, result) - base[i], result)
@@ -135,15 +152,21 @@ def _add_expert(
 
 
 @inlined
-def _add_agreeing(weight: Any, weighed: Any, count: Any, total: Any, deltas: Any, mixed: Any, divisor: Any) -> Any:
-    """Add the deltas whose sign is that of ``total`` to ``mixed``, and their weights to ``divisor``.
+def _elect(count: Any, total: Any) -> Any:
+    """Replace sums by their signs, 1 or -1.
 
-    The sum of values of a 16 bit type is a multiple of the smallest of them, so rounding never changes its sign.
+    The sum of values of a 16 bit type is a multiple of the smallest of them, so rounding it would not change its sign.
     """
+    for i in range(count):
+        total[i] = _ONE if total[i] >= _ZERO else -_ONE
+
+
+@inlined
+def _add_agreeing(weight: Any, weighed: Any, count: Any, majority: Any, deltas: Any, mixed: Any, divisor: Any) -> Any:
+    """Add the deltas whose sign is ``majority`` to ``mixed``, and their weights to ``divisor`` if ``weighed``."""
     nothing = weight * _ZERO
     for i in range(count):
-        majority = _ONE if total[i] >= _ZERO else -_ONE
-        agrees = signed_like(deltas[i], majority) > _ZERO
+        agrees = signed_like(deltas[i], majority[i]) > _ZERO
         mixed[i] += deltas[i] * (_ONE if agrees else _ZERO)
         if weighed:
             divisor[i] += weight if agrees else nothing
@@ -176,14 +199,14 @@ def _task_vector(result: Any, settings: Any, experts: Any, buffers: Any) -> None
     consensus, normalize = setting.consensus != 0, setting.normalize != 0
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         count = min(np.uint64(TILE), size - first)
-        for i in range(count):
-            base[i] = loaded(setting.base, first + i, result)
-            total[i] = _ZERO
-            mixed[i] = _ZERO
-            divisor[i] = _ZERO
+        _load(result, setting.base, first, count, base)
+        _clear(total, count)
         for k in range(experts.size):
             _add_expert(result, experts[k], setting.start, first, count, base, total, buffers[_DELTAS + k])
         if consensus:
+            _elect(count, total)
+            _clear(mixed, count)
+            _clear(divisor, count)
             for k in range(experts.size):
                 _add_agreeing(experts[k].weight, normalize, count, total, buffers[_DELTAS + k], mixed, divisor)
             _finish(result, setting, first, count, mixed, divisor, base)
