@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from mergefs.checkpoint.dtypes import BF16, F16, DType
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.kernels.random import bernoulli_limit, stream_key, uniform_integers
@@ -76,10 +76,11 @@ class ExpertCoefficients:
 
 @dataclass(frozen=True, slots=True)
 class TaskVectorCoefficients:
-    """Everything that the kernel of the family needs. All numbers are values of the compute dtype but ``scale``.
+    """Everything that the kernel of the family needs.
 
-    ``divisor`` is the fixed divisor of the sum (None: elected for each element, or none at all); ``scale`` is the
-    recipe's lambda (None where it is 1).
+    All numbers are values of the compute dtype but ``scale`` and, in F16, the ``rescale`` of a random mask, which is a
+    float32. ``divisor`` is the fixed divisor of the sum (None: elected for each element, or none at all); ``scale`` is
+    the recipe's lambda (None where it is 1).
     """
 
     base: int
@@ -153,10 +154,12 @@ class TaskVector(Method[TaskVectorCoefficients]):
         elif self.sparsifier != "none" and density <= 0:
             mask = KeepNone()
         elif self.sparsifier == "random" and density < 1:
-            probability = float(precision.scalar(density)) if context.compute.name == "BF16" else density
+            # torch draws in bfloat16 as it is and in float32 for float16, and so does the factor enter.
+            drawn = Precision(F32) if context.compute == F16 else precision
+            probability = float(precision.scalar(density) if context.compute == BF16 else np.float32(density))
             mask = KeepRandom(stream_key(context.seed, model, context.name), bernoulli_limit(probability))
             if context.shared["rescale"]:
-                rescale = float(precision.scalar(1 / density))
+                rescale = float(drawn.scalar(1 / density))
         return ExpertCoefficients(model, mask, rescale, weight)
 
     def reference(self, block: Block, coefficients: TaskVectorCoefficients, precision: Precision) -> Array:

@@ -76,7 +76,10 @@ def threshold(pair: TensorPair, histogram: NDArray[np.int64], keep: int) -> Thre
 
 
 def rescale_factor(pair: TensorPair, limit: Threshold) -> float:
-    """Return sum|delta| / sum|delta that survives ``limit``, or 1.0 where either is below 1e-7."""
+    """Return sum|delta| / sum|delta that survives ``limit``, or 1.0 where either is below 1e-7.
+
+    Both sums are rounded to the compute dtype before they are divided, as mergekit rounds them, unless that overflows.
+    """
     precision = Precision(pair.compute)
     whole: list[float] = []
     kept: list[float] = []
@@ -88,6 +91,10 @@ def rescale_factor(pair: TensorPair, limit: Threshold) -> float:
         whole.append(float(magnitudes.sum()))
         kept.append(float((magnitudes * survives).sum()))
     before, after = math.fsum(whole), math.fsum(kept)
+    with np.errstate(over="ignore"):
+        rounded = [float(precision.scalar(total)) for total in (before, after)]
+    if all(map(math.isfinite, rounded)):
+        before, after = rounded
     return 1.0 if before < _SMALLEST_SUM or after < _SMALLEST_SUM else before / after
 
 

@@ -1,0 +1,92 @@
+"""What all tests share: a user's state of their own for each, and models and merges that are made once."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before anything imports a library that reads them.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+import pytest
+import torch
+from checkpoints import HIDDEN, LAYERS, VOCABULARY, Family, family
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyKind:
+    """The arguments of ``checkpoints.family``: which models a test wants."""
+
+    dtype: torch.dtype = torch.bfloat16
+    tied: bool = False
+    shards: int = 1
+    experts: int = 2
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    vocabulary: int = VOCABULARY
+
+    @property
+    def text(self) -> str:
+        """Name the kind, for test ids and directories."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        ties = "tied" if self.tied else "untied"
+        size = f"{self.layers}x{self.hidden}x{self.vocabulary}"
+        return f"{dtype}-{ties}-{self.shards}-shards-{self.experts}-experts-{size}"
+
+
+Families = Callable[[FamilyKind], Family]
+
+
+@pytest.fixture(scope="session")
+def catalogs() -> Iterator[Path]:
+    """Give the directory of all catalogs, in memory where the system has such a place.
+
+    A catalog is synced to disk with each record, which a thousand tests would spend minutes on.
+    """
+    memory = Path("/dev/shm")
+    place = tempfile.mkdtemp(prefix="mergefs-tests-", dir=memory if os.access(memory, os.W_OK) else None)
+    yield Path(place)
+    shutil.rmtree(place)
+
+
+@pytest.fixture(autouse=True)
+def own_state(
+    catalogs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Keep the user's catalog, logs and caches out of every test, and each test's out of the others'."""
+    catalog = Path(tempfile.mkdtemp(dir=catalogs))
+    home = tmp_path_factory.getbasetemp() / "home"
+    monkeypatch.setenv("MERGEFS_CATALOG", str(catalog))
+    for variable in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, str(home / variable.lower()))
+    yield
+    shutil.rmtree(catalog)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """Return a function that writes a family of a kind, once in a session."""
+    made: dict[FamilyKind, Family] = {}
+
+    def make(kind: FamilyKind) -> Family:
+        if kind not in made:
+            made[kind] = family(
+                tmp_path_factory.mktemp(kind.text),
+                experts=kind.experts,
+                dtype=kind.dtype,
+                tied=kind.tied,
+                shards=kind.shards,
+                hidden=kind.hidden,
+                layers=kind.layers,
+                vocabulary=kind.vocabulary,
+            )
+        return made[kind]
+
+    return make

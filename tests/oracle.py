@@ -1,0 +1,244 @@
+"""mergekit itself, run in this process: what a merge must equal.
+
+Three things that mergekit leaves to chance or to the machine can be fixed, so that the rest can be compared bit by bit:
+which of several equal magnitudes survives, which elements a random mask keeps, and how far long float32 sums are off.
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mergekit import sparsify
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.merge_methods import generalized_task_arithmetic, slerp
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+
+from mergefs.kernels.random import UNIFORM_BITS, stream_key, uniform_integers
+
+Tensors = dict[str, torch.Tensor]
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mergekit_merge(document: Mapping[str, Any], **options: Any) -> Tensors:
+    """Return what ``mergekit-yaml`` writes for the recipe ``document``; ``options`` are those of its command line."""
+    configuration = MergeConfiguration.model_validate(dict(document))
+    with tempfile.TemporaryDirectory() as directory:
+        settings = {"quiet": True, "write_model_card": False, "copy_tokenizer": False} | options
+        run_merge(configuration, directory, MergeOptions(**settings))
+        return load_model(Path(directory))
+
+
+def load_model(directory: Path) -> Tensors:
+    """Return the tensors of all weight files in ``directory``, by the reference library."""
+    tensors: Tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bit patterns of a tensor, which tell -0.0 from 0.0."""
+    return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def differing(ours: Tensors, theirs: Tensors) -> dict[str, int]:
+    """Return how many elements of each tensor differ in any bit, where some do; the rest must agree anyway."""
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in theirs.items()}
+    counts = {name: int((bits(ours[name]) != bits(theirs[name])).sum()) for name in ours}
+    return {name: count for name, count in counts.items() if count}
+
+
+def unit_in_the_last_place(values: torch.Tensor) -> torch.Tensor:
+    """Return the spacing of the numbers of the tensor's dtype at each of its values, in float64."""
+    information = torch.finfo(values.dtype)
+    exponent = torch.frexp(values.double().abs().clamp_min(information.tiny))[1] - 1
+    return torch.exp2(exponent.double()) * information.eps
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Put ``value`` in the place of an attribute for as long as the context lasts."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+class _TorchBut:
+    """The module torch with some functions replaced, to be put into a single module of mergekit."""
+
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        return self._functions.get(name) or getattr(torch, name)
+
+
+# Equal magnitudes
+
+
+def _stable_argsort(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.argsort(values, **options, stable=True)
+
+
+@contextlib.contextmanager
+def lowest_indices_first() -> Iterator[None]:
+    """Let mergekit keep the lowest flat indices where several magnitudes equal a threshold: its sort becomes stable."""
+    with _replaced(sparsify, "torch", _TorchBut(argsort=_stable_argsort)):
+        yield
+
+
+# Sums of magnitudes
+
+
+def _exactly_rescaled(tensor: torch.Tensor, mask: torch.Tensor, norm: Any, eps: float = 1e-7) -> torch.Tensor:
+    masked = tensor * mask
+    if norm is None:
+        return masked
+    before, after = (values.abs().double().sum().to(tensor.dtype) for values in (tensor, masked))
+    return masked if before < eps or after < eps else masked * (before / after)
+
+
+@contextlib.contextmanager
+def exact_sums() -> Iterator[None]:
+    """Let mergekit take sums of magnitudes in float64 and round them once, instead of in an order of torch's own."""
+    with _replaced(sparsify, "rescaled_masked_tensor", _exactly_rescaled):
+        yield
+
+
+# Random masks
+
+
+@dataclass
+class _RandomMasks:
+    """Draws mergekit's masks from our generator: it must know the tensor and the model that a mask is for."""
+
+    seed: int
+    tensor: str = ""
+    models: list[int] = field(default_factory=list)
+    model: int = 0
+    density: float = 1.0
+
+    def group(self, method: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
+        """Stand in for ``merge_group``, and remember which tensor is merged."""
+        self.tensor = group.metadata.name
+        self.models = [index for index, entry in enumerate(group.entries) if not entry.is_base]
+        merged: torch.Tensor = _MERGE_GROUP(method, group, **parameters)
+        assert self.models == []
+        return merged
+
+    def sparsify(self, tensor: torch.Tensor, density: float, **options: Any) -> torch.Tensor:
+        """Stand in for ``sparsify``, which is called for each expert in turn, and remember for which."""
+        self.model, self.density = self.models.pop(0), density
+        sparse: torch.Tensor = sparsify.sparsify(tensor, density, **options)
+        return sparse
+
+    def bernoulli(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Stand in for ``torch.bernoulli``."""
+        draws = uniform_integers(stream_key(self.seed, self.model, self.tensor), 0, probabilities.numel())
+        uniform = torch.from_numpy(draws.astype(np.float64) / 2**UNIFORM_BITS).reshape(probabilities.shape)
+        return (uniform < probabilities.double()).to(probabilities.dtype)
+
+    def rescaled(self, tensor: torch.Tensor, mask: torch.Tensor, norm: Any) -> torch.Tensor:
+        """Stand in for ``rescaled_masked_tensor``, with the factor of the paper."""
+        masked = tensor * mask
+        return (
+            masked if norm is None or self.density <= 0 else masked * torch.tensor(1 / self.density, dtype=mask.dtype)
+        )
+
+
+_MERGE_GROUP = generalized_task_arithmetic.GeneralizedTaskArithmeticMerge.merge_group
+
+
+@contextlib.contextmanager
+def our_random_masks(seed: int = 0) -> Iterator[None]:
+    """Let mergekit use our random masks, and the factor 1/density in place of the ratio of sums, which estimates it."""
+    masks = _RandomMasks(seed)
+
+    def merge_group(method: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
+        return masks.group(method, group, **parameters)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (generalized_task_arithmetic.GeneralizedTaskArithmeticMerge, "merge_group", merge_group),
+            (generalized_task_arithmetic, "sparsify", masks.sparsify),
+            (sparsify, "torch", _TorchBut(bernoulli=masks.bernoulli)),
+            (sparsify, "rescaled_masked_tensor", masks.rescaled),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        yield
+
+
+# The angle of slerp
+
+
+@dataclass
+class _ExactAngles:
+    """Puts the angle into slerp that float64 sums give. Where the two are parallel, slerp asks for no angle."""
+
+    cosines: list[float] = field(default_factory=list)
+
+    def slerp(self, t: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Stand in for ``slerp``, and take the cosines of its pairs."""
+        self.cosines = [cosine(a, b) for a, b in zip(first, second, strict=True)]
+        merged: torch.Tensor = _SLERP(t, first, second)
+        return merged
+
+    def acos(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Stand in for ``torch.acos``."""
+        kind = cosines.dtype
+        exact = torch.tensor(self.cosines, dtype=torch.float64).to(kind).reshape(cosines.shape)
+        return torch.where(cosines == 0, cosines, exact).double().acos().to(kind)
+
+
+_SLERP = slerp.slerp
+
+
+def _rounded_sine(angles: torch.Tensor) -> torch.Tensor:
+    return angles.double().sin().to(angles.dtype)
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the cosine of the angle between two tensors, taken in float64."""
+    a, b = first.double().flatten(), second.double().flatten()
+    norms = [math.sqrt(float((x * x).sum())) for x in (a, b)]
+    return float((a * b).sum()) / math.prod(norm if norm > 1e-8 else 1.0 for norm in norms)
+
+
+@contextlib.contextmanager
+def exact_angles() -> Iterator[None]:
+    """Let mergekit's slerp use the angle that float64 sums give, instead of float32 sums in an order of torch's own.
+
+    Its sines are rounded from float64, too: torch's own depend on the CPU in their last bit.
+    """
+    angles = _ExactAngles()
+    with (
+        _replaced(slerp, "slerp", angles.slerp),
+        _replaced(slerp, "torch", _TorchBut(acos=angles.acos, sin=_rounded_sine)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
+    """Fix everything of ``method`` that mergekit leaves open."""
+    with contextlib.ExitStack() as stack:
+        if method == "ties":
+            stack.enter_context(lowest_indices_first())
+            stack.enter_context(exact_sums())
+        elif method.startswith("dare_"):
+            stack.enter_context(our_random_masks(seed))
+        elif method == "slerp":
+            stack.enter_context(exact_angles())
+        yield
