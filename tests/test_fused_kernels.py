@@ -134,7 +134,7 @@ def task_vector_coefficients(draw: st.DrawFn, dtype: DType) -> TaskVectorCoeffic
         ExpertCoefficients(
             model,
             draw(masks(dtype)),
-            draw(st.none() | factors.map(rounded)),
+            draw(st.none() | factors.map(lambda value: float(np.float32(value)))),
             rounded(draw(factors)),
         )
         for model in order[1:]
@@ -286,14 +286,38 @@ def test_the_fused_histogram_counts_what_the_reference_counts(
         reader.close()
 
 
+def merges_in_hexadecimal() -> str:
+    """Return the bytes of one merge by each kernel in each dtype."""
+    merged = []
+    for dtype in FUSED_DTYPES:
+        inputs = random_inputs(17, 3, 1500, dtype)
+        mask = KeepRandom(99, 2**23)
+        experts = (ExpertCoefficients(1, KeepAll(), None, 0.5), ExpertCoefficients(2, mask, 2.0, 0.25))
+        ties = TaskVectorCoefficients(0, experts, True, True, None, 0.75)
+        linear = LinearCoefficients((0.1, 0.2, 0.7), 1.0)
+        for method, coefficients in ((TIES, ties), (Linear(), linear), (Slerp(), SlerpCoefficients(0, 1, 0.3, 0.6))):
+            raw = run_kernel(method, coefficients, inputs, dtype, dtype, 10)
+            merged.append(elements(raw, dtype).tobytes().hex())
+    return " ".join(merged)
+
+
+def test_a_cpu_without_vectors_of_512_bits_or_fused_multiply_add_or_float16_gives_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    code = "from test_fused_kernels import merges_in_hexadecimal; print(merges_in_hexadecimal())"
+    oldest = run_python(code, tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    assert oldest.split() == merges_in_hexadecimal().split()
+
+
 def test_methods_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
     prepare(["passthrough", "linear"], [F64, F32])
     assert METHODS["passthrough"].specification.name == "passthrough"
 
 
-def run_python(code: str, cache: Path) -> str:
+def run_python(code: str, cache: Path, **variables: str) -> str:
     """Run ``code`` in a process of its own that keeps compiled kernels in ``cache``; return what it prints."""
-    environment = dict(os.environ, NUMBA_CACHE_DIR=str(cache), PYTHONPATH=str(REPOSITORY))
+    path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path, **variables}
     finished = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )

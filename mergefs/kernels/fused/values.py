@@ -8,7 +8,7 @@ the bits that rounding looks at, so they stay NaN. Only ``narrowed`` gives every
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from llvmlite import ir
 from numba.core import types
@@ -19,8 +19,12 @@ from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 ELEMENTS: Final[dict[DType, Any]] = {BF16: types.uint16, F16: types.int16, F32: types.uint32}
 """The integer types, told apart by numba, that stand for the dtypes in the signatures of kernels."""
 
+_Operation: TypeAlias = Callable[[Any, Any, Any], Any]
+"""Generates the instructions for one element, from numba's context, the builder and the operand."""
+
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
+_HALF = ir.HalfType()
 _FLOAT = ir.FloatType()
 _SIGN = 0x80000000
 _INFINITY = 0x7F800000
@@ -48,13 +52,21 @@ def _magnitude(builder: Any, value: Any) -> Any:
     return builder.and_(builder.bitcast(value, _INT32), _int32(0x7FFFFFFF))
 
 
-def _widen_bfloat16(builder: Any, bits: Any) -> Any:
+def _converts_halves(context: Any) -> bool:
+    """Return whether the CPU that code is generated for converts F16 itself; the results are the same."""
+    triple, _, features = context.codegen().magic_tuple()
+    return "+f16c" in features.split(",") or triple.startswith("aarch64")
+
+
+def _widen_bfloat16(context: Any, builder: Any, bits: Any) -> Any:
     """Return the float32 of BF16 bits."""
     return builder.bitcast(builder.shl(builder.zext(bits, _INT32), _int32(16)), _FLOAT)
 
 
-def _widen_float16(builder: Any, bits: Any) -> Any:
+def _widen_float16(context: Any, builder: Any, bits: Any) -> Any:
     """Return the float32 of F16 bits; subnormals by a subtraction, which no CPU is slow at."""
+    if _converts_halves(context):
+        return builder.fpext(builder.bitcast(bits, _HALF), _FLOAT)
     wide = builder.zext(bits, _INT32)
     magnitude = builder.shl(builder.and_(wide, _int32(0x7FFF)), _int32(13))
     normal = builder.add(magnitude, _int32(_EXPONENT_GAP))
@@ -67,7 +79,7 @@ def _widen_float16(builder: Any, bits: Any) -> Any:
     return builder.bitcast(builder.or_(value, sign), _FLOAT)
 
 
-def _round_bfloat16(builder: Any, value: Any) -> Any:
+def _round_bfloat16(context: Any, builder: Any, value: Any) -> Any:
     """Return the nearest BF16, ties to even, as float32."""
     bits = builder.bitcast(value, _INT32)
     odd = builder.and_(builder.lshr(bits, _int32(16)), _int32(1))
@@ -75,8 +87,10 @@ def _round_bfloat16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.and_(rounded, _int32(0xFFFF0000)), _FLOAT)
 
 
-def _round_float16(builder: Any, value: Any) -> Any:
+def _round_float16(context: Any, builder: Any, value: Any) -> Any:
     """Return the nearest F16, ties to even, as float32; what is below 2**-14 is rounded by adding 0.5."""
+    if _converts_halves(context):
+        return builder.fpext(builder.fptrunc(value, _HALF), _FLOAT)
     bits = builder.bitcast(value, _INT32)
     magnitude = _magnitude(builder, value)
     odd = builder.and_(builder.lshr(magnitude, _int32(13)), _int32(1))
@@ -91,7 +105,7 @@ def _round_float16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.or_(rounded, builder.and_(bits, _int32(_SIGN))), _FLOAT)
 
 
-def _narrow_bfloat16(builder: Any, value: Any) -> Any:
+def _narrow_bfloat16(context: Any, builder: Any, value: Any) -> Any:
     """Return the bits of a float32 that is a BF16."""
     bits = builder.trunc(builder.lshr(builder.bitcast(value, _INT32), _int32(16)), _INT16)
     return builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(_INT16, 0x7FC0), bits)
@@ -105,30 +119,37 @@ def _narrow_float16_magnitude(builder: Any, magnitude: Any) -> Any:
     return builder.select(builder.icmp_signed("<", magnitude, _int32(_HALF_SMALLEST_NORMAL)), subnormal, normal)
 
 
-def _narrow_float16(builder: Any, value: Any) -> Any:
+def _narrow_float16(context: Any, builder: Any, value: Any) -> Any:
     """Return the bits of a float32 that is an F16."""
+    canonical = ir.Constant(_INT16, 0x7E00)
+    if _converts_halves(context):
+        narrow = builder.bitcast(builder.fptrunc(value, _HALF), _INT16)
+        return builder.select(builder.fcmp_unordered("uno", value, value), canonical, narrow)
     magnitude = _magnitude(builder, value)
     finite = _narrow_float16_magnitude(builder, magnitude)
     whole = builder.select(builder.icmp_signed(">=", magnitude, _int32(_INFINITY)), _int32(0x7C00), finite)
     sign = builder.and_(builder.lshr(builder.bitcast(value, _INT32), _int32(16)), _int32(0x8000))
     narrow = builder.trunc(builder.or_(whole, sign), _INT16)
-    return builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(_INT16, 0x7E00), narrow)
+    return builder.select(builder.fcmp_unordered("uno", value, value), canonical, narrow)
 
 
-def _narrow_float32(builder: Any, value: Any) -> Any:
+def _narrow_float32(context: Any, builder: Any, value: Any) -> Any:
     """Return the bits of a float32."""
     bits = builder.bitcast(value, _INT32)
     return builder.select(builder.fcmp_unordered("uno", value, value), _int32(0x7FC00000), bits)
 
 
-def _bin_bfloat16(builder: Any, value: Any) -> Any:
+def _bin_bfloat16(context: Any, builder: Any, value: Any) -> Any:
     """Return the upper half of the magnitude; all NaN are one."""
     upper = builder.lshr(_magnitude(builder, value), _int32(16))
     return builder.select(builder.fcmp_unordered("uno", value, value), _int32(0x7FC0), upper)
 
 
-def _bin_float16(builder: Any, value: Any) -> Any:
+def _bin_float16(context: Any, builder: Any, value: Any) -> Any:
     """Return the F16 bits of the magnitude, with the payload of NaN."""
+    if _converts_halves(context):
+        narrow = builder.bitcast(builder.fptrunc(value, _HALF), _INT16)
+        return builder.zext(builder.and_(narrow, ir.Constant(_INT16, 0x7FFF)), _INT32)
     magnitude = _magnitude(builder, value)
     payload = builder.and_(builder.lshr(magnitude, _int32(13)), _int32(0x3FF))
     finite = _narrow_float16_magnitude(builder, magnitude)
@@ -136,29 +157,29 @@ def _bin_float16(builder: Any, value: Any) -> Any:
     return builder.select(builder.icmp_signed(">=", magnitude, _int32(_INFINITY)), special, finite)
 
 
-def _bin_float32(builder: Any, value: Any) -> Any:
+def _bin_float32(context: Any, builder: Any, value: Any) -> Any:
     """Return the upper 15 bits of the magnitude."""
     return builder.lshr(_magnitude(builder, value), _int32(16))
 
 
-_WIDEN: Final[dict[Any, tuple[ir.Type, Callable[[Any, Any], Any]]]] = {
+_WIDEN: Final[dict[Any, tuple[ir.Type, _Operation]]] = {
     types.uint16: (_INT16, _widen_bfloat16),
     types.int16: (_INT16, _widen_float16),
-    types.uint32: (_INT32, lambda builder, bits: builder.bitcast(bits, _FLOAT)),
+    types.uint32: (_INT32, lambda context, builder, bits: builder.bitcast(bits, _FLOAT)),
 }
-_ROUND: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+_ROUND: Final[dict[Any, _Operation]] = {
     types.uint16: _round_bfloat16,
     types.int16: _round_float16,
-    types.uint32: lambda builder, value: value,
+    types.uint32: lambda context, builder, value: value,
 }
-_NARROW: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+_NARROW: Final[dict[Any, _Operation]] = {
     types.uint16: _narrow_bfloat16,
     types.int16: _narrow_float16,
     types.uint32: _narrow_float32,
 }
 
 
-_BIN: Final[dict[Any, Callable[[Any, Any], Any]]] = {
+_BIN: Final[dict[Any, _Operation]] = {
     types.uint16: _bin_bfloat16,
     types.int16: _bin_float16,
     types.uint32: _bin_float32,
@@ -173,7 +194,7 @@ def loaded(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], storage.as_pointer())
         element = builder.load(builder.gep(pointer, [arguments[1]]), align=1)
-        return widen(builder, element)
+        return widen(context, builder, element)
 
     return types.float32(types.uint64, types.uint64, like), generate
 
@@ -184,7 +205,7 @@ def rounded(typing_context: Any, value: Any, like: Any) -> Any:
     narrow = _ROUND[like.dtype]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return narrow(builder, arguments[0])
+        return narrow(context, builder, arguments[0])
 
     return types.float32(types.float32, like), generate
 
@@ -195,7 +216,7 @@ def narrowed(typing_context: Any, value: Any, like: Any) -> Any:
     narrow = _NARROW[like.dtype]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return narrow(builder, arguments[0])
+        return narrow(context, builder, arguments[0])
 
     return like.dtype(types.float32, like), generate
 
@@ -216,7 +237,7 @@ def magnitude_bin(typing_context: Any, value: Any, like: Any) -> Any:
     choose = _BIN[like.dtype]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return choose(builder, arguments[0])
+        return choose(context, builder, arguments[0])
 
     return types.uint32(types.float32, like), generate
 
