@@ -3,8 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports a library that reads them.
@@ -16,32 +15,8 @@ os.environ |= {
 }
 
 import pytest
-import torch
-from checkpoints import HIDDEN, LAYERS, VOCABULARY, Family, family
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyKind:
-    """The arguments of ``checkpoints.family``: which models a test wants."""
-
-    dtype: torch.dtype = torch.bfloat16
-    tied: bool = False
-    shards: int = 1
-    experts: int = 2
-    hidden: int = HIDDEN
-    layers: int = LAYERS
-    vocabulary: int = VOCABULARY
-
-    @property
-    def text(self) -> str:
-        """Name the kind, for test ids and directories."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        ties = "tied" if self.tied else "untied"
-        size = f"{self.layers}x{self.hidden}x{self.vocabulary}"
-        return f"{dtype}-{ties}-{self.shards}-shards-{self.experts}-experts-{size}"
-
-
-Families = Callable[[FamilyKind], Family]
+from checkpoints import Family, family
+from examples import Families, FamilyKind
 
 
 @pytest.fixture(scope="session")

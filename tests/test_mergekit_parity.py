@@ -14,20 +14,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, llama_config, llama_tensors, write_model
-from conftest import Families, FamilyKind
-from oracle import (
-    Tensors,
-    bits,
-    cosine,
-    differing,
-    load_model,
-    lowest_indices_first,
-    mergekit_merge,
-    nothing_left_to_chance,
-    our_random_masks,
-    unit_in_the_last_place,
-)
+from examples import METHODS, Families, FamilyKind
+from oracle import cosine, lowest_indices_first, mergekit_merge, nothing_left_to_chance, our_random_masks
 from recipes import Merge, recipe_document, write_document
+from tensors import Tensors, bits, differing, load_model, unit_in_the_last_place
 
 import mergefs
 from mergefs.kernels.precision import Precision, load
@@ -39,15 +29,6 @@ from mergefs.statistics.service import StatisticsService
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WORK_DTYPES = pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
 
-METHODS = {
-    "linear": Merge("linear", ({"weight": 0.6}, {"weight": 0.3}), with_base=False),
-    "task_arithmetic": Merge("task_arithmetic", ({"weight": 0.7}, {"weight": 0.4})),
-    "ties": Merge("ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
-    "dare_linear": Merge("dare_linear", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
-    "dare_ties": Merge("dare_ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
-    "slerp": Merge("slerp", ({},), {"t": 0.3}),
-    "passthrough": Merge("passthrough", ({"scale": 0.7},), with_base=False),
-}
 EVERY_METHOD = pytest.mark.parametrize("merge", METHODS.values(), ids=METHODS)
 
 

@@ -1,0 +1,44 @@
+"""The merges and the families of models that several tests are held against."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from checkpoints import HIDDEN, LAYERS, VOCABULARY, Family
+from recipes import Merge
+
+METHODS: Final[dict[str, Merge]] = {
+    "linear": Merge("linear", ({"weight": 0.6}, {"weight": 0.3}), with_base=False),
+    "task_arithmetic": Merge("task_arithmetic", ({"weight": 0.7}, {"weight": 0.4})),
+    "ties": Merge("ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
+    "dare_linear": Merge("dare_linear", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
+    "dare_ties": Merge("dare_ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
+    "slerp": Merge("slerp", ({},), {"t": 0.3}),
+    "passthrough": Merge("passthrough", ({"scale": 0.7},), with_base=False),
+}
+"""Every method, with parameters that leave no shortcut."""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyKind:
+    """The arguments of ``checkpoints.family``: which models a test wants."""
+
+    dtype: torch.dtype = torch.bfloat16
+    tied: bool = False
+    shards: int = 1
+    experts: int = 2
+    hidden: int = HIDDEN
+    layers: int = LAYERS
+    vocabulary: int = VOCABULARY
+
+    @property
+    def text(self) -> str:
+        """Name the kind, for test ids and directories."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        ties = "tied" if self.tied else "untied"
+        size = f"{self.layers}x{self.hidden}x{self.vocabulary}"
+        return f"{dtype}-{ties}-{self.shards}-shards-{self.experts}-experts-{size}"
+
+
+Families = Callable[[FamilyKind], Family]

@@ -1,0 +1,208 @@
+"""What the mount serves, what ``mergefs.open`` returns and what ``materialize`` writes are the same bytes.
+
+They depend on the recipe and on the models' tensors, and on nothing else: not on how the models are sharded, the order
+of reads, the size of the cache, or the number of threads.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples import METHODS, Families, FamilyKind
+from mounting import mounted_recipes, run_mergefs
+from recipes import recipe_document, write_document
+from tensors import differing, load_model
+
+import mergefs
+from mergefs.catalog import Catalog
+from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.resources import Resources
+from mergefs.materialize.manifest import MANIFEST_NAME
+from mergefs.materialize.materialize import materialize
+from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.recipe.model import load_recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A method on a kind of family, merged into one file or into shards."""
+
+    method: str
+    kind: FamilyKind
+    sharded_output: bool
+
+    @property
+    def name(self) -> str:
+        """The name of the recipe, and so of its directory in the mount."""
+        return f"{self.method}-{self.kind.text}-{'shards' if self.sharded_output else 'file'}"
+
+    @property
+    def max_shard_size(self) -> str:
+        """How large a shard of the merged model may be."""
+        return "20KB" if self.sharded_output else "5GB"
+
+
+EXAMPLES = [
+    Example(method, FamilyKind(dtype, tied, shards), sharded_output=tied == (shards > 1))
+    for method in METHODS
+    for dtype in (torch.bfloat16, torch.float32)
+    for tied in (True, False)
+    for shards in (1, 3)
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """The recipes and the mounts of all examples."""
+
+    recipes: Path
+    mountpoints: Mapping[bool, Path]  # by whether the output is sharded
+    catalog: Path
+
+    def recipe(self, example: Example) -> Path:
+        """Return the recipe of an example."""
+        return self.recipes / f"{example.name}.yml"
+
+    def directory(self, example: Example) -> Path:
+        """Return the mounted model of an example."""
+        return self.mountpoints[example.sharded_output] / example.name
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory, catalogs: Path, families: Families) -> Iterator[Mounted]:
+    """Mount all examples, by the real command: those with one output file at one place, the others at another."""
+    root = tmp_path_factory.mktemp("same-bytes")
+    found = Mounted(root, {False: root / "file", True: root / "shards"}, catalogs / "same-bytes")
+    for example in EXAMPLES:
+        write_document(found.recipe(example), recipe_document(METHODS[example.method], families(example.kind)))
+
+    def mount(sharded: bool) -> Any:
+        group = [example for example in EXAMPLES if example.sharded_output == sharded]
+        return mounted_recipes(
+            *(found.recipe(example) for example in group),
+            mountpoint=found.mountpoints[sharded],
+            state=root / "state",
+            options=["--max-shard-size", group[0].max_shard_size],
+            extra={"MERGEFS_CATALOG": str(found.catalog)},
+        )
+
+    with mount(False), mount(True):
+        yield found
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    """Return every file below a directory but the manifest, which only a materialized model has."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+
+
+def weights(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_mount_open_and_materialize_give_the_same_bytes(mounted: Mounted, tmp_path: Path, example: Example) -> None:
+    with mergefs.open(mounted.recipe(example), catalog=mounted.catalog, max_shard_size=example.max_shard_size) as model:
+        materialize(model.plan, tmp_path / "out", model._resources)
+        written = file_bytes(tmp_path / "out")
+        assert len(weights(written)) == 1 or example.sharded_output
+        assert len(weights(written)) > 1 or not example.sharded_output
+        assert {name: model.read_file(name) for name in model.files.sizes} == written
+        opened = {name: model.get_tensor(name) for name in model.keys()}  # noqa: SIM118 (it is no mapping)
+    assert file_bytes(mounted.directory(example)) == written
+    assert differing(opened, load_model(mounted.directory(example))) == {}
+    assert ("lm_head.weight" in opened) is not example.kind.tied
+
+
+def test_the_commands_give_those_bytes_too(mounted: Mounted, tmp_path: Path) -> None:
+    example = next(e for e in EXAMPLES if e.method == "ties" and e.sharded_output)
+    result = run_mergefs(
+        "materialize",
+        "--max-shard-size",
+        example.max_shard_size,
+        mounted.recipe(example),
+        tmp_path / "out",
+        state=tmp_path / "state",
+        extra={"MERGEFS_CATALOG": str(mounted.catalog)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert file_bytes(tmp_path / "out") == file_bytes(mounted.directory(example))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_how_the_models_are_sharded_makes_no_difference(tmp_path: Path, families: Families, name: str) -> None:
+    merged = []
+    for shards in (1, 2, 5):
+        document = recipe_document(METHODS[name], families(FamilyKind(shards=shards)))
+        with mergefs.open(write_document(tmp_path / f"{shards}.yml", document), max_shard_size="20KB") as model:
+            merged.append(weights({file: model.read_file(file) for file in model.files.sizes}))
+    assert merged[0] == merged[1] == merged[2]
+    assert len(merged[0]) > 1
+
+
+# Cache, order, threads
+
+Open = Callable[[int], ModelFiles]
+
+
+@pytest.fixture
+def open_with_cache(tmp_path: Path, families: Families, request: pytest.FixtureRequest) -> Iterator[Open]:
+    """Return a function that opens a merge of several blocks with a cache of so many bytes and a new catalog."""
+    family = families(FamilyKind(torch.float32, tied=True, hidden=128, layers=1, vocabulary=10007))
+    recipe = write_document(tmp_path / "recipe.yml", recipe_document(METHODS[request.param], family))
+    opened: list[Resources] = []
+
+    def create(cache_size: int) -> ModelFiles:
+        opened.append(Resources.create(Catalog(tmp_path / f"catalog-{len(opened)}"), cache_size))
+        plan = make_plan(load_recipe(recipe), PlanOptions(), opened[-1].catalog)
+        return ModelFiles(plan, opened[-1], strict=False)
+
+    yield create
+    for resources in opened:
+        resources.close()
+
+
+PIECE = 300_001
+"""Bytes of one read: neither a block nor a page, and no divisor of either."""
+
+
+def read_in_pieces(files: ModelFiles, order: Callable[[list[int]], object], threads: int) -> bytes:
+    """Return the weight file, put together from pieces that were read in some order."""
+    size = files.sizes["model.safetensors"]
+    offsets = list(range(0, size, PIECE))
+    order(offsets)
+    with ThreadPoolExecutor(threads) as pool:
+        pieces = pool.map(lambda offset: files.read("model.safetensors", offset, PIECE), offsets)
+        return b"".join(piece for _, piece in sorted(zip(offsets, pieces, strict=True)))
+
+
+@pytest.mark.parametrize("open_with_cache", ["ties", "dare_ties", "slerp"], indirect=True)
+def test_cache_order_and_threads_make_no_difference(open_with_cache: Open) -> None:
+    files = open_with_cache(2**26)
+    whole = files.read("model.safetensors", 0, files.sizes["model.safetensors"])
+    assert files.plan.tensors["model.embed_tokens.weight"].grid.count > 2
+    shuffle = random.Random(1).shuffle
+    assert read_in_pieces(open_with_cache(0), shuffle, threads=1) == whole
+    assert read_in_pieces(open_with_cache(2**21), list.reverse, threads=1) == whole
+    assert read_in_pieces(open_with_cache(0), shuffle, threads=5) == whole
+    assert read_in_pieces(open_with_cache(2**21), shuffle, threads=5) == whole
+    assert read_in_pieces(open_with_cache(2**26), list.sort, threads=5) == whole
+
+
+@pytest.mark.parametrize("open_with_cache", ["ties"], indirect=True)
+def test_many_readers_of_one_cold_block_get_it_computed_once(open_with_cache: Open) -> None:
+    files = open_with_cache(2**26)
+    with ThreadPoolExecutor(8) as pool:
+        pieces = set(pool.map(lambda _: files.read("model.safetensors", 8192, 4096), range(64)))
+    assert len(pieces) == 1
+    assert files.engine._resources.cache.totals().cache_misses == 1
+    block = files.plan.tensors["model.embed_tokens.weight"].grid.step * 4
+    assert files.engine._resources.ledger.totals().expert_bytes_read == 2 * block
