@@ -1,6 +1,6 @@
 """The manifest of a written model: the size and the hash of every file."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import msgspec
@@ -52,5 +52,13 @@ def read_manifest(directory: Path) -> Manifest:
     if manifest.format != _FORMAT:
         raise VerificationError(
             f"{path}: has format {manifest.format} and this mergefs knows format {_FORMAT}; upgrade mergefs"
+        )
+    outside = next(
+        (name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in name.split("/")), None
+    )
+    if outside is not None:
+        raise VerificationError(
+            f"{path}: lists {outside!r}, which is outside of the directory, so it is not as mergefs wrote it; "
+            "materialize the model again"
         )
     return manifest

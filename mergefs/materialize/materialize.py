@@ -47,7 +47,7 @@ def materialize(
     """
     started = time.monotonic()
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 (Path.absolute keeps "..")
-    _check_destination(destination, overwrite, plan.sources)
+    _check_destination(destination, overwrite, plan.sources, (Path(plan.recipe.origin), resources.catalog.path))
     files = ModelFiles(plan, resources, strict=True)
     total = sum(files.sizes.values())
     for name in files.sizes:
@@ -100,8 +100,8 @@ class _Transaction:
         )
 
 
-def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse a destination that is in use, or that is tangled with a source."""
+def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Path], kept: Sequence[Path]) -> None:
+    """Refuse a destination that is in use, or that is tangled with a source, or that ``kept`` files lie in."""
     resolved = destination.resolve()
     for source in sources:
         if resolved == source or source.is_relative_to(resolved) or resolved.is_relative_to(source):
@@ -110,12 +110,22 @@ def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Pat
             )
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise MaterializeError(f"{destination}: is not a directory; choose another place")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    for path in kept:
+        if path.resolve().is_relative_to(resolved):
+            raise MaterializeError(f"{destination}: holds {path}, which must stay as it is; choose another place")
+    if destination.is_mount():
+        raise MaterializeError(f"{destination}: is a mount point; choose a directory below it")
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not overwrite:
         raise MaterializeError(
             f"{destination}: exists and is not empty; choose another place, or replace it with --overwrite"
         )
-    if destination.is_mount():
-        raise MaterializeError(f"{destination}: is a mount point; choose a directory below it")
+    if not any((destination / name).is_file() for name in (MANIFEST_NAME, "config.json")):
+        raise MaterializeError(
+            f"{destination}: is no model (it has neither {MANIFEST_NAME} nor config.json), and --overwrite replaces "
+            "models only; choose another place, or empty the directory yourself"
+        )
 
 
 def _check_space(destination: Path, total: int) -> None:

@@ -163,7 +163,8 @@ def _check_shape(place: Location, tensor: TensorSource, donor: Checkpoint) -> No
     if place.tensor.shape != tensor.shape:
         raise PlanError(
             f"tensor {tensor.name!r} is {list(place.tensor.shape)} in {place.checkpoint.path} and {list(tensor.shape)} "
-            f"in {donor.path}; models can be merged only when all shapes agree"
+            f"in {donor.path}, and models can be merged only when all shapes agree; leave out the model that differs, "
+            "or resize it (a changed vocabulary: resize_token_embeddings of transformers)"
         )
 
 
