@@ -1,5 +1,6 @@
 """Mounts for the demo, made with the command that users type."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergefs.errors import MountError
+from mergefs.mount.mountinfo import list_mounts
 from mergefs.mount.tree import STATUS_ATTRIBUTE
 
 
@@ -17,14 +19,22 @@ from mergefs.mount.tree import STATUS_ATTRIBUTE
 def mounted(recipe: Path, mountpoint: Path, catalog: Path, budget: str) -> Iterator[Path]:
     """Mount ``recipe`` at ``mountpoint`` with ``mergefs mount``, and take it away afterwards.
 
-    Raises MountError with what the command said when it fails.
+    A mount that an interrupted demo left there is taken away first. Raises MountError with what the command said when
+    it fails.
     """
+    mountpoint = mountpoint.resolve()
+    if any(entry.mountpoint == mountpoint for entry in list_mounts()):
+        _run(catalog, "umount", "--lazy", str(mountpoint))
     mountpoint.mkdir(parents=True, exist_ok=True)
     _run(catalog, "mount", str(recipe), str(mountpoint), "--budget", budget)
     try:
         yield mountpoint
-    finally:
-        _run(catalog, "umount", str(mountpoint))
+    except BaseException:
+        # Whatever failed may still hold files open, and its error is the one to tell.
+        with contextlib.suppress(MountError):
+            _run(catalog, "umount", "--lazy", str(mountpoint))
+        raise
+    _run(catalog, "umount", str(mountpoint))
 
 
 def mount_status(mountpoint: Path) -> Mapping[str, Any]:

@@ -81,7 +81,8 @@ def make_plan(
         draft = analyze_draft(draft, catalog, ledger or Ledger(), progress or Silence())
         result = select_blocks(draft.tensors, METHODS[recipe.method], catalog, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
-    budget_bytes = None if options.budget is None else limit
+    # A budget that pays for everything is no budget: the same plan, and the same files.
+    budget_bytes = limit if limit < total else None
     plan = _assemble(draft, options, budget_bytes, error, catalog)
     _keep(plan, catalog)
     return plan
@@ -148,7 +149,13 @@ def _assemble(
 ) -> MergePlan:
     """Lay out the files and name the plan."""
     plan_id = plan_identity(
-        draft.recipe, draft.inputs, draft.stand_in, draft.tensors, options.random_seed, options.max_shard_size
+        draft.recipe,
+        draft.inputs,
+        draft.stand_in,
+        draft.tensors,
+        budget_bytes,
+        options.random_seed,
+        options.max_shard_size,
     )
     known = catalog.plan(plan_id)
     return MergePlan(

@@ -19,12 +19,13 @@ def plan_identity(
     inputs: Sequence[PlanInput],
     stand_in: PlanInput | None,
     tensors: Sequence[TensorPlan],
+    budget_bytes: int | None,
     random_seed: int,
     max_shard_size: int,
 ) -> str:
     """Return the plan's id; it starts with ``local-`` while the contents of an input are not known.
 
-    The path of a model is not part of it, nor is the budget: two budgets that buy the same blocks are one plan.
+    The path of a model is not part of it. The budget is, beside the blocks that it buys, since the model tells it.
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
@@ -38,6 +39,7 @@ def plan_identity(
             for entry, listed in zip(inputs, recipe.inputs(), strict=True)
         ],
         "stand_in": stand_in.identity if stand_in else None,
+        "budget_bytes": budget_bytes,
         "random_seed": random_seed,
         "max_shard_size": max_shard_size,
         "selection": _selection_digest(tensors),
