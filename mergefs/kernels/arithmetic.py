@@ -14,7 +14,10 @@ _SPLITTER = np.float64(2**27 + 1)
 
 
 def fused_multiply_add(values: Array, factor: float, addend: Array) -> Array:
-    """Return ``values * factor + addend`` with a single rounding; all three are float32, or all float64."""
+    """Return ``values * factor + addend`` with a single rounding; all three are float32, or all float64.
+
+    In float64 a product beyond 2**900, or below 2**-900, may be rounded on its own first.
+    """
     if values.dtype == np.float64:
         return _fused_float64(values.astype(np.float64), np.float64(factor), addend.astype(np.float64))
     # The product of two float32 is exact in float64; its sum with the addend, rounded to odd, rounds right to float32.
@@ -28,9 +31,9 @@ def _fused_float64(values: NDArray[np.float64], factor: np.float64, addend: NDAr
     carried, carried_error = _two_sum(addend, low)
     total, total_error = _two_sum(high, carried)
     fused = total + _add_to_odd(carried_error, total_error)
-    # Halves overflow, and infinities and NaN have no error terms: there the plain result is the right one.
+    # Halves overflow, infinities and NaN have no error terms, zeros lose their sign: the plain result is right there.
     plain = values * factor + addend
-    return np.where(np.isfinite(fused), fused, plain)
+    return np.where(np.isfinite(fused) & (fused != 0), fused, plain)
 
 
 def _two_sum(
