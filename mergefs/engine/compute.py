@@ -5,6 +5,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Block, Method, RawRun
 
@@ -24,47 +25,77 @@ def run_kernel(
     """Return the merged bytes, of dtype ``out``, of a run of elements that begins at flat index ``start``.
 
     ``inputs`` are the bytes of the same run in each model, with their dtypes. The method's fused kernel is taken where
-    there is one and ``fused`` allows it, else the reference; the bytes are the same. The kernels are elementwise, so
-    cutting the run into tiles changes nothing.
+    there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN.
     """
+    merged: Raw | None = None
     if fused and out == compute and all(dtype == compute for _, dtype in inputs):
         merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
-        if merged is not None:
-            return merged
-    count = inputs[0][0].size // inputs[0][1].itemsize
-    result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
-    for first in range(0, count, _TILE):
-        last = min(first + _TILE, count)
-        tile = tuple((raw[first * dtype.itemsize : last * dtype.itemsize], dtype) for raw, dtype in inputs)
-        result[first * out.itemsize : last * out.itemsize] = _run_tile(
-            method, coefficients, tile, compute, out, start + first, fused
-        )
-    return result
+    elif fused and compute in FUSED_DTYPES:
+        merged = _run_converted(method, coefficients, inputs, compute, out, start)
+    return _run_reference(method, coefficients, inputs, compute, out, start) if merged is None else merged
 
 
-def _run_tile(
+def _run_converted(
     method: Method[Any],
     coefficients: Any,
     inputs: tuple[tuple[Raw, DType], ...],
     compute: DType,
     out: DType,
     start: int,
-    fused: bool,
+) -> Raw | None:
+    """Return what the method's fused kernel makes of inputs that are converted tile by tile; None if it has none."""
+    count = inputs[0][0].size // inputs[0][1].itemsize
+    result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
+    # The same memory for every tile: fresh pages would cost more than the merge.
+    buffers: Raw = np.empty((len(inputs), min(count, _TILE) * compute.itemsize), dtype=np.uint8)
+    for first in range(0, count, _TILE):
+        last = min(first + _TILE, count)
+        tiles = tuple(
+            _change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
+            for (raw, dtype), buffer in zip(inputs, buffers, strict=True)
+        )
+        merged = method.fused(RawRun(tiles, compute, start + first), coefficients)
+        if merged is None:
+            return None
+        result[first * out.itemsize : last * out.itemsize] = _change_dtype(merged, compute, out)
+    return result
+
+
+def _run_reference(
+    method: Method[Any],
+    coefficients: Any,
+    inputs: tuple[tuple[Raw, DType], ...],
+    compute: DType,
+    out: DType,
+    start: int,
 ) -> Raw:
-    """Return what ``run_kernel`` does, for a run that is worked on at once."""
+    """Return what ``run_kernel`` does, by the formula. It is elementwise, so cutting the run changes nothing."""
+    precision = Precision(compute)
+    count = inputs[0][0].size // inputs[0][1].itemsize
+    result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     with np.errstate(all="ignore"):
-        if fused:
-            same = tuple(convert(raw, dtype, compute, compute) for raw, dtype in inputs)
-            merged = method.fused(RawRun(same, compute, start), coefficients)
-            if merged is not None:
-                return convert(merged, compute, compute, out)
-        values = tuple(load(raw, dtype, compute) for raw, dtype in inputs)
-        return store(method.reference(Block(values, start), coefficients, Precision(compute)), compute, out)
+        for first in range(0, count, _TILE):
+            last = min(first + _TILE, count)
+            values = tuple(
+                load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in inputs
+            )
+            merged = method.reference(Block(values, start + first), coefficients, precision)
+            result[first * out.itemsize : last * out.itemsize] = store(merged, compute, out)
+    return result
 
 
 def convert(raw: Raw, stored: DType, compute: DType, out: DType) -> Raw:
     """Return a block that no method touches, by way of the compute dtype as if one had."""
-    if stored == compute == out:
+    return _change_dtype(_change_dtype(raw, stored, compute), compute, out)
+
+
+def _change_dtype(raw: Raw, stored: DType, wanted: DType, buffer: Raw | None = None) -> Raw:
+    """Return the elements of ``raw`` rounded to ``wanted``, in ``buffer`` or in memory of their own."""
+    if stored == wanted:
         return raw
+    if stored in FUSED_DTYPES and wanted in FUSED_DTYPES:
+        from mergefs.kernels.fused.conversion import convert as convert_fused
+
+        return convert_fused(raw, stored, wanted, buffer)
     with np.errstate(all="ignore"):
-        return store(load(raw, stored, compute), compute, out)
+        return store(load(raw, stored, wanted), wanted, wanted)

@@ -88,8 +88,7 @@ class Linear(Method[LinearCoefficients]):
 
         divisor = coefficients.divisor
         result = empty_result(run.inputs[0], run.dtype)
-        kernel.KERNEL(
-            run.dtype,
+        kernel.KERNEL.compiled(run.dtype)(
             result,
             addresses(run.inputs),
             np.array(coefficients.weights, dtype=np.float32),

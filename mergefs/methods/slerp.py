@@ -100,7 +100,7 @@ class Slerp(Method[SlerpCoefficients]):
         pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])
         result = empty_result(pair[0], run.dtype)
         factors = np.array([coefficients.first, coefficients.second], dtype=np.float32)
-        kernel.KERNEL(run.dtype, result, addresses(pair), factors)
+        kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), factors)
         return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:

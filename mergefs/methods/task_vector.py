@@ -6,7 +6,7 @@ majority sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -192,24 +192,29 @@ class TaskVector(Method[TaskVectorCoefficients]):
         from mergefs.kernels.fused import task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
 
-        scale = coefficients.scale
-        settings = np.zeros(1, dtype=kernel.SETTINGS)
-        settings["base"] = address(run.inputs[coefficients.base])
-        settings["start"] = run.start
-        settings["consensus"] = coefficients.consensus
-        settings["normalize"] = coefficients.normalize
-        settings["divisor"] = 1.0 if coefficients.divisor is None else coefficients.divisor
-        settings["scaled"] = scale is not None
-        settings["scale"] = 1.0 if scale is None else scale
-        experts = np.zeros(len(coefficients.experts), dtype=kernel.EXPERT)
-        for entry, expert in zip(experts, coefficients.experts, strict=True):
-            entry["address"] = address(run.inputs[expert.model])
-            entry["weight"] = expert.weight
-            entry["rescaled"] = expert.rescale is not None
-            entry["rescale"] = 1.0 if expert.rescale is None else expert.rescale
-            _enter_mask(entry, expert.mask, run.dtype)
-        result = empty_result(run.inputs[coefficients.base], run.dtype)
-        kernel.KERNEL(run.dtype, result, settings, experts, kernel.tiles(experts.size))
+        divisor, scale = coefficients.divisor, coefficients.scale
+        base = run.inputs[coefficients.base]
+        settings = kernel.Settings(
+            base=address(base),
+            start=run.start,
+            consensus=coefficients.consensus,
+            normalize=coefficients.normalize,
+            divisor=1.0 if divisor is None else divisor,
+            scaled=scale is not None,
+            scale=1.0 if scale is None else scale,
+        )
+        experts = [
+            kernel.Expert(
+                address=address(run.inputs[expert.model]),
+                weight=expert.weight,
+                rescaled=expert.rescale is not None,
+                rescale=1.0 if expert.rescale is None else expert.rescale,
+                **_fused_mask(expert.mask, run.dtype),
+            )
+            for expert in coefficients.experts
+        ]
+        result = empty_result(base, run.dtype)
+        kernel.merge(run.dtype, result, settings, experts)
         return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
@@ -239,19 +244,18 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     return precision.round(delta * delta.dtype.type(expert.weight))
 
 
-def _enter_mask(entry: Any, mask: Mask, dtype: DType) -> None:
-    """Write which elements survive into the fused kernel's record of an expert."""
+def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
+    """Return the fields by which the fused kernel knows which elements survive."""
     from mergefs.kernels.fused import task_vector as kernel
 
     if isinstance(mask, KeepRandom):
-        entry["mask"], entry["key"], entry["limit"] = kernel.KEEP_RANDOM, mask.key, mask.limit
-    elif isinstance(mask, KeepLargest):
-        key, cut = mask.threshold.key, mask.threshold.cut
-        entry["mask"], entry["cut"] = kernel.KEEP_LARGEST, cut
-        entry["limit_before"], entry["limit_after"] = _magnitude_bits(key, dtype), _magnitude_bits(key + 1, dtype)
-    elif isinstance(mask, KeepNone):
-        entry["mask"], entry["cut"] = kernel.KEEP_LARGEST, 0
-        entry["limit_after"] = _NAN_BITS
+        return {"mask": kernel.KEEP_RANDOM, "key": mask.key, "limit": mask.limit}
+    if isinstance(mask, KeepLargest):
+        before, after = (_magnitude_bits(mask.threshold.key + more, dtype) for more in (0, 1))
+        return {"mask": kernel.KEEP_LARGEST, "cut": mask.threshold.cut, "limit_before": before, "limit_after": after}
+    if isinstance(mask, KeepNone):
+        return {"mask": kernel.KEEP_LARGEST, "limit_after": _NAN_BITS}
+    return {}
 
 
 def _magnitude_bits(key: int, dtype: DType) -> int:

@@ -39,20 +39,24 @@ def magnitude_histogram(pair: TensorPair, fused: bool = True) -> NDArray[np.int6
 def _fused_histogram(pair: TensorPair) -> NDArray[np.int64]:
     """Return ``magnitude_histogram`` without an array of deltas in between."""
     from mergefs.kernels.fused import histogram as kernel
-    from mergefs.kernels.fused.memory import address, empty_result
+    from mergefs.kernels.fused.memory import address, empty
 
     tables: NDArray[np.int64] = np.zeros((kernel.TABLES, BINS), dtype=np.int64)
     bins: NDArray[np.uint32] = np.empty(kernel.TILE, dtype=np.uint32)
-    like = empty_result(np.empty(0, dtype=np.uint8), pair.compute)
+    like = empty(0, pair.compute)
     for start, stop in pair.grid:
         expert, base = (_in_compute_dtype(pair, place, start, stop) for place in (pair.expert, pair.base))
-        kernel.KERNEL(pair.compute, like, address(expert), address(base), stop - start, tables, bins)
+        kernel.KERNEL.compiled(pair.compute)(like, address(expert), address(base), stop - start, tables, bins)
     counts: NDArray[np.int64] = tables.sum(axis=0)
     return counts
 
 
 def _in_compute_dtype(pair: TensorPair, place: Location, start: int, stop: int) -> Raw:
-    """Return the bytes of a run of elements, converted where they are stored in another dtype."""
+    """Return the bytes of a run of elements, converted where they are stored in another dtype.
+
+    As ``TensorPair.deltas`` converts them, with the payload of NaN: a rank may lie among the NaN, and the later passes
+    look for its key.
+    """
     raw = place.read(pair.reader, start, stop, Purpose.ANALYSIS)
     stored = place.tensor.dtype
     if stored == pair.compute:

@@ -29,10 +29,15 @@ _MODULES: Final[dict[str, tuple[str, ...]]] = {
 """The modules of this package that a method computes with. Each holds one ``KERNEL``."""
 
 
-def prepare(methods: Iterable[str] | None = None, dtypes: Iterable[DType] = FUSED_DTYPES) -> None:
-    """Compile, or load from the cache, the kernels of ``methods`` (None: of all) for ``dtypes``.
+def prepare(
+    methods: Iterable[str] | None = None,
+    dtypes: Iterable[DType] = FUSED_DTYPES,
+    conversions: Iterable[tuple[DType, DType]] = (),
+) -> None:
+    """Compile, or load from the cache, the kernels of ``methods`` (None: of all) for the compute dtypes ``dtypes``.
 
-    After this no read waits for a compiler. Methods and dtypes that have no fused kernel are passed over.
+    ``conversions`` are the pairs of a dtype and the one that it is converted to, from stored to compute and from
+    compute to output. After this no read waits for a compiler. What has no fused kernel is passed over.
     """
     names = _MODULES if methods is None else methods
     modules = dict.fromkeys(module for name in names for module in _MODULES.get(name, ()))
@@ -41,4 +46,10 @@ def prepare(methods: Iterable[str] | None = None, dtypes: Iterable[DType] = FUSE
         for module in modules:
             kernel: Kernel = importlib.import_module(f"{__name__}.{module}").KERNEL
             for dtype in wanted:
-                kernel.prepare(dtype)
+                kernel.compiled(dtype)
+    pairs = [pair for pair in conversions if pair[0] != pair[1] and set(pair) <= set(FUSED_DTYPES)]
+    if pairs:
+        from mergefs.kernels.fused.conversion import KERNEL
+
+        for stored, target in pairs:
+            KERNEL.compiled(target, stored)

@@ -25,34 +25,31 @@ def inlined(function: Callable[..., Any]) -> Any:
 class Kernel:
     """A kernel for every compute dtype, compiled when first asked for.
 
-    ``signature`` gives the numba signature for the element type that stands for a dtype.
+    ``signature`` gives the numba signature for the element types that stand for the dtypes that ``function`` is about.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[..., Any], signature: Callable[..., Any]) -> None:
         self._dispatcher: Any = inlined(function)
         self._signature = signature
         self._lock = threading.Lock()
-        self._compiled: set[DType] = set()
+        self._compiled: set[tuple[DType, ...]] = set()
         # Where no directory can be written there is no cache: the kernels are then compiled in memory.
         with suppress(RuntimeError, OSError):
             self._dispatcher._cache = _make_cache(function)
 
-    def prepare(self, dtype: DType) -> None:
-        """Make sure that calls with arrays for ``dtype`` find machine code."""
-        if dtype not in self._compiled:
+    def compiled(self, *dtypes: DType) -> Callable[..., Any]:
+        """Return the kernel after making sure that there is machine code for ``dtypes``."""
+        if dtypes not in self._compiled:
             with self._lock:
-                self._dispatcher.compile(self._signature(ELEMENTS[dtype]))
-                self._compiled.add(dtype)
+                self._dispatcher.compile(self._signature(*(ELEMENTS[dtype] for dtype in dtypes)))
+                self._compiled.add(dtypes)
+        kernel: Callable[..., Any] = self._dispatcher
+        return kernel
 
     @property
     def loaded_from_cache(self) -> int:
         """How many specialisations came from the cache instead of the compiler."""
         return sum(self._dispatcher.stats.cache_hits.values())
-
-    def __call__(self, dtype: DType, *arguments: Any) -> Any:
-        """Run the specialisation for ``dtype``."""
-        self.prepare(dtype)
-        return self._dispatcher(*arguments)
 
 
 class _KernelCache(FunctionCache):

@@ -28,6 +28,16 @@ def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
     return np.array([address(raw) for raw in raws], dtype=np.uint64)
 
 
+def empty(count: int, dtype: DType) -> NDArray[Any]:
+    """Return an array of ``count`` elements of the integer type that stands for ``dtype``."""
+    return np.empty(count, dtype=_STORAGE[dtype])
+
+
+def view(raw: Raw, dtype: DType) -> NDArray[Any]:
+    """Return aligned bytes as an array of the integer type that stands for ``dtype``."""
+    return raw.view(_STORAGE[dtype])
+
+
 def empty_result(raw: Raw, dtype: DType) -> NDArray[Any]:
-    """Return an array for as many elements as ``raw`` holds, of the element type that stands for ``dtype``."""
-    return np.empty(raw.size // dtype.itemsize, dtype=_STORAGE[dtype])
+    """Return an array for as many elements as ``raw`` holds, of the integer type that stands for ``dtype``."""
+    return empty(raw.size // dtype.itemsize, dtype)

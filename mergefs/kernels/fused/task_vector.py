@@ -1,12 +1,14 @@
 """The task-vector family in one pass: tiles that stay in the first-level cache, one sweep over them for each expert."""
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numba import from_dtype
 from numba.core import types
 from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, rounded, signed_like
 
@@ -14,36 +16,48 @@ KEEP_ALL: Final = 0
 KEEP_LARGEST: Final = 1
 KEEP_RANDOM: Final = 2
 
-EXPERT: Final = np.dtype(
-    [
-        ("address", np.uint64),  # of the expert's bytes
-        ("mask", np.int64),  # KEEP_ALL, KEEP_LARGEST or KEEP_RANDOM
-        ("cut", np.int64),  # KEEP_LARGEST: from this flat index on, ``limit_after`` holds
-        ("limit_before", np.int64),  # KEEP_LARGEST: float32 bits of the smallest magnitude kept before ``cut``
-        ("limit_after", np.int64),
-        ("key", np.uint64),  # KEEP_RANDOM: of the stream
-        ("limit", np.uint64),  # KEEP_RANDOM: draws below are kept
-        ("rescaled", np.int64),  # whether ``rescale`` enters
-        ("rescale", np.float32),
-        ("weight", np.float32),
-    ],
-    align=True,
-)
-"""How one expert enters."""
 
-SETTINGS: Final = np.dtype(
-    [
-        ("base", np.uint64),  # address of the base's bytes
-        ("start", np.int64),  # flat index of the first element
-        ("consensus", np.int64),
-        ("normalize", np.int64),
-        ("scaled", np.int64),  # whether ``scale`` enters
-        ("divisor", np.float32),  # without consensus
-        ("scale", np.float32),
-    ],
-    align=True,
-)
-"""What holds for the whole run."""
+class Expert(NamedTuple):
+    """How one expert enters."""
+
+    address: int
+    """Of the expert's bytes."""
+    weight: float
+    rescaled: bool
+    """Whether ``rescale`` enters."""
+    rescale: float
+    mask: int = KEEP_ALL
+    cut: int = 0
+    """KEEP_LARGEST: from this flat index on, ``limit_after`` holds."""
+    limit_before: int = 0
+    """KEEP_LARGEST: float32 bits of the smallest magnitude that is kept before ``cut``."""
+    limit_after: int = 0
+    key: int = 0
+    """KEEP_RANDOM: of the stream."""
+    limit: int = 0
+    """KEEP_RANDOM: draws below it are kept."""
+
+
+class Settings(NamedTuple):
+    """What holds for the whole run."""
+
+    base: int
+    """Address of the base's bytes."""
+    start: int
+    """Flat index of the first element."""
+    consensus: bool
+    normalize: bool
+    divisor: float
+    """Of the sum, where there is no consensus."""
+    scaled: bool
+    """Whether ``scale`` enters."""
+    scale: float
+
+
+_EXPERT_TYPES = ("u8", "f4", "i8", "f4", "i8", "i8", "i8", "i8", "u8", "u8")
+_SETTINGS_TYPES = ("u8", "i8", "i8", "i8", "f4", "i8", "f4")
+_EXPERT: Final = np.dtype(list(zip(Expert._fields, _EXPERT_TYPES, strict=True)), align=True)
+_SETTINGS: Final = np.dtype(list(zip(Settings._fields, _SETTINGS_TYPES, strict=True)), align=True)
 
 TILE: Final = 1024
 _PADDING: Final = 48
@@ -55,11 +69,6 @@ _FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-
-
-def tiles(experts: int) -> NDArray[np.float32]:
-    """Return the tile buffers that a run with so many experts needs."""
-    return np.empty((_DELTAS + experts, TILE + _PADDING), dtype=np.float32)
 
 
 @inlined
@@ -218,10 +227,17 @@ def _signature(element: Any) -> Any:
     """Return the signature for one element type."""
     return types.void(
         types.Array(element, 1, "C"),
-        types.Array(from_dtype(SETTINGS), 1, "C"),
-        types.Array(from_dtype(EXPERT), 1, "C"),
+        types.Array(from_dtype(_SETTINGS), 1, "C"),
+        types.Array(from_dtype(_EXPERT), 1, "C"),
         types.Array(types.float32, 2, "C"),
     )
 
 
 KERNEL: Final = Kernel(_task_vector, _signature)
+
+
+def merge(dtype: DType, result: NDArray[Any], settings: Settings, experts: Sequence[Expert]) -> None:
+    """Merge a run of elements of ``dtype`` into ``result``, an array of the element type that stands for it."""
+    buffers = np.empty((_DELTAS + len(experts), TILE + _PADDING), dtype=np.float32)
+    entries = np.array(experts, dtype=_EXPERT)
+    KERNEL.compiled(dtype)(result, np.array([settings], dtype=_SETTINGS), entries, buffers)
