@@ -97,7 +97,7 @@ class Engine:
 
         def compute() -> Raw:
             coefficients = None if tensor.context is None else self._coefficients_of(tensor)
-            with self._resources.slots:
+            with self._resources.room.reserve(_working_bytes(tensor)):
                 return self._compute(tensor, block, coefficients)
 
         return self._resources.cache.get((self.plan.plan_id, tensor.name, block), compute)
@@ -173,8 +173,7 @@ class Engine:
             raise ValueError("a copied tensor has no coefficients")
         with self._gathering[tensor.name]:
             if tensor.name not in self._coefficients:
-                wanted = self.plan.method.statistics(context)
-                answers = self._resources.statistics.answers(wanted, tensor.places, context.base, tensor.compute)
+                answers = self._resources.statistics.all_answers(self.plan.method, context, tensor.places)
                 self._coefficients[tensor.name] = self.plan.method.coefficients(context, answers)
             return self._coefficients[tensor.name]
 
@@ -197,6 +196,12 @@ class Engine:
                 return
             self._reported.add(tensor.name)
         _LOG.warning("%s", sentence)
+
+
+def _working_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of memory that computing one block takes: its inputs, its result, and a mask to check it by."""
+    itemsizes = [place.tensor.dtype.itemsize for place in tensor.places]
+    return (sum(itemsizes) + tensor.dtype.itemsize + 1) * min(tensor.grid.step, tensor.grid.size)
 
 
 def source_shards(plan: MergePlan) -> tuple[Shard, ...]:

@@ -5,8 +5,8 @@ needs, how those become a handful of coefficients for each tensor, and an elemen
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Literal, TypeVar
 
@@ -99,7 +99,22 @@ class InnerProduct:
     second: int
 
 
-Statistic = MagnitudeThreshold | MagnitudeRescale | InnerProduct
+@dataclass(frozen=True, slots=True)
+class ElementSum:
+    """Asks for the sum, in float64, of a quantity over all elements of a tensor. The answer is a float.
+
+    ``name`` and ``arguments`` say which quantity, and are what the answer is kept under: ``terms`` must depend on
+    nothing else but the same run of elements of the inputs ``models``, which it gets in that order, carried as in
+    ``Block``.
+    """
+
+    name: str
+    models: tuple[int, ...]
+    terms: Callable[[tuple[Array, ...], Precision], Array] = field(compare=False, repr=False)
+    arguments: tuple[float, ...] = ()
+
+
+Statistic = MagnitudeThreshold | MagnitudeRescale | InnerProduct | ElementSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +145,7 @@ class Answers:
             raise TypeError(f"a threshold was asked for and {answer!r} was answered")
         return answer
 
-    def number(self, statistic: MagnitudeRescale | InnerProduct) -> float:
+    def number(self, statistic: MagnitudeRescale | InnerProduct | ElementSum) -> float:
         """Return the answer to a statistic that is a number."""
         answer = self.values[statistic]
         if isinstance(answer, Threshold):
@@ -209,6 +224,13 @@ class Method(ABC, Generic[CoefficientsT]):
     @abstractmethod
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """Return what has to be known about the whole tensor."""
+
+    def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
+        """Return what has to be known beside ``answers``, where a pass over the tensor needs results of the one before.
+
+        Asked again with what it wanted, until it wants nothing more.
+        """
+        return ()
 
     @abstractmethod
     def coefficients(self, context: TensorContext, answers: Answers) -> CoefficientsT:

@@ -55,13 +55,13 @@ def gather_statistics(
     tensors: Sequence[TensorPlan], method: Method[object], service: StatisticsService, progress: Progress
 ) -> None:
     """Make sure that the catalog has every statistic that the method asks for, so that no read has to gather one."""
-    wanted = [(t, t.context, s) for t in tensors if t.context is not None and (s := method.statistics(t.context))]
-    total = sum(tensor.expert_bytes for tensor, _, _ in wanted)
+    wanted = [(t, t.context) for t in tensors if t.context is not None and method.statistics(t.context)]
+    total = sum(tensor.expert_bytes for tensor, _ in wanted)
     if not total:
         return
     progress.start("gathering statistics", total)
-    for tensor, context, statistics in wanted:
-        service.answers(statistics, tensor.places, context.base, tensor.compute)
+    for tensor, context in wanted:
+        service.all_answers(method, context, tensor.places)
         progress.advance(tensor.expert_bytes)
     progress.finish()
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,19 +13,21 @@ from mergefs.checkpoint.dtypes import DType
 from mergefs.methods.contract import (
     Answer,
     Answers,
+    ElementSum,
     InnerProduct,
     MagnitudeRescale,
     MagnitudeThreshold,
+    Method,
     Statistic,
+    TensorContext,
     Threshold,
 )
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
+from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import digest, tensor_keys
 from mergefs.statistics.inner_products import inner_product
 from mergefs.statistics.pair import Location, TensorPair
-
-ValueT = TypeVar("ValueT")
 
 
 class StatisticsService:
@@ -36,26 +38,68 @@ class StatisticsService:
         self._reader = reader
         self._lock = threading.Lock()
 
+    def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Location, ...]) -> Answers:
+        """Return every statistic that ``method`` wants of one tensor, whose places in each input are ``places``."""
+        wanted = method.statistics(context)
+        found: dict[Statistic, Answer] = {}
+        while wanted:
+            found |= self.answers(wanted, places, context.base, context.compute).values
+            wanted = method.further_statistics(context, Answers(found))
+        return Answers(found)
+
     def answers(
-        self,
-        wanted: tuple[Statistic, ...],
-        inputs: tuple[Location, ...],
-        base: int | None,
-        compute: DType,
+        self, wanted: tuple[Statistic, ...], places: tuple[Location, ...], base: int | None, compute: DType
     ) -> Answers:
-        """Return the answers to ``wanted`` for one tensor, whose places in each input are ``inputs``.
+        """Return the answers to ``wanted``, those of one pass.
 
         Gathering is serialised: a pass keeps the disk and a core busy, and a second one for the same tensor would find
         the first one's answer.
         """
-        if not wanted:
-            return Answers({})
         with self._lock:
-            found = {statistic: self._answer(statistic, inputs, base, compute) for statistic in wanted}
+            found = self._gather(wanted, places, base, compute)
             self._catalog.flush()
         return Answers(found)
 
-    def _answer(self, statistic: Statistic, inputs: tuple[Location, ...], base: int | None, compute: DType) -> Answer:
+    def _gather(
+        self, wanted: tuple[Statistic, ...], places: tuple[Location, ...], base: int | None, compute: DType
+    ) -> dict[Statistic, Answer]:
+        """Return the answers to ``wanted``; all sums among them in one pass."""
+        sums = tuple(statistic for statistic in wanted if isinstance(statistic, ElementSum))
+        found = self._sums(sums, places, compute)
+        for statistic in wanted:
+            if not isinstance(statistic, ElementSum):
+                found[statistic] = self._answer(statistic, places, base, compute)
+        return found
+
+    def _sums(
+        self, wanted: tuple[ElementSum, ...], places: tuple[Location, ...], compute: DType
+    ) -> dict[Statistic, Answer]:
+        """Return sums from the catalog, and those that it lacks from one pass over the models that they look at."""
+        found: dict[Statistic, Answer] = {}
+        missing: dict[ElementSum, bytes] = {}
+        for statistic in wanted:
+            looked_at = tuple(places[model] for model in statistic.models)
+            argument = " ".join((statistic.name, *map(repr, statistic.arguments)))
+            keys = self._keys("sum", looked_at, compute, argument)
+            known = next((value for key in keys if (value := self._catalog.number(key)) is not None), None)
+            if known is None:
+                missing[statistic] = keys[0]
+            else:
+                found[statistic] = known
+        if missing:
+            totals = element_sums(tuple(missing), places, compute, self._reader)
+            for (statistic, key), total in zip(missing.items(), totals, strict=True):
+                self._catalog.keep_number(key, total)
+                found[statistic] = total
+        return found
+
+    def _answer(
+        self,
+        statistic: MagnitudeThreshold | MagnitudeRescale | InnerProduct,
+        inputs: tuple[Location, ...],
+        base: int | None,
+        compute: DType,
+    ) -> Answer:
         """Return one answer."""
         if isinstance(statistic, InnerProduct):
             first, second = inputs[statistic.first], inputs[statistic.second]
@@ -82,7 +126,7 @@ class StatisticsService:
             )
         raise TypeError(f"no way to gather {statistic!r}")
 
-    def _keys(self, kind: str, places: tuple[Location, ...], compute: DType, argument: int) -> list[bytes]:
+    def _keys(self, kind: str, places: tuple[Location, ...], compute: DType, argument: int | str) -> list[bytes]:
         """Return the keys that a statistic may be kept under, the best first."""
         options = [tensor_keys(place, self._catalog) for place in places]
         best = tuple(keys[0] for keys in options)
