@@ -1,12 +1,12 @@
-"""What all merged models of one process share: catalog, reader, ledger, cache, and how many blocks at once."""
+"""What all merged models of one process share: catalog, reader, ledger, cache, and memory to work in."""
 
 import os
-import threading
 from dataclasses import dataclass
 from typing import Final
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.engine.cache import BlockCache
+from mergefs.engine.room import Room
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.service import StatisticsService
@@ -14,18 +14,20 @@ from mergefs.statistics.service import StatisticsService
 DEFAULT_CACHE_SIZE: Final = 2**30
 SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 """Room for the blocks that parallel readers are in the middle of; with less, each would be computed again and again."""
+_WORKING_MEMORY: Final = 64 * 2**20
+"""For blocks that are being computed: enough for a dozen at once of three experts and their base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Shared by every engine of a process. ``slots`` bounds how many blocks are computed at once."""
+    """Shared by every engine of a process. ``room`` is the memory in which blocks are computed."""
 
     catalog: Catalog
     ledger: Ledger
     reader: SourceReader
     cache: BlockCache
     statistics: StatisticsService
-    slots: threading.BoundedSemaphore
+    room: Room
 
     @classmethod
     def create(cls, catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE) -> "Resources":
@@ -38,7 +40,7 @@ class Resources:
             reader=reader,
             cache=BlockCache(cache_size),
             statistics=StatisticsService(catalog, reader),
-            slots=threading.BoundedSemaphore(max(2, os.cpu_count() or 2)),
+            room=Room(_WORKING_MEMORY, max(2, os.cpu_count() or 2)),
         )
 
     def close(self) -> None:

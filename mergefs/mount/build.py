@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergefs.catalog import Catalog, default_location
+from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE, Resources
 from mergefs.errors import MergefsError, RecipeError, UsageError
@@ -45,6 +46,7 @@ def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progr
             f"--cache-size {format_size(options.cache_size)} is too small for the blocks that parallel readers are in "
             f"the middle of; give at least {format_size(SMALLEST_CACHE_SIZE)}"
         )
+    limit_arenas()
     files = expand_recipes(recipes)
     rooted = len(recipes) == 1 and not recipes[0].is_dir()
     resources = Resources.create(Catalog(options.catalog or default_location()), options.cache_size)
