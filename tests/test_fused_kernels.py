@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
 from mergefs.engine.compute import convert, run_kernel
-from mergefs.kernels.fused import FUSED_DTYPES, compilation, prepare
+from mergefs.kernels.fused import FUSED_DTYPES, compilation, kernels_of, prepare
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Method, Threshold
 from mergefs.methods.linear import Linear, LinearCoefficients
+from mergefs.methods.registry import METHODS
 from mergefs.methods.slerp import Slerp, SlerpCoefficients
 from mergefs.methods.task_vector import (
     TIES,
@@ -333,6 +334,11 @@ def test_methods_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
     prepare(["passthrough"], [F64, F32], [(F64, F32), (F32, F32)])
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if type(method).fused is not Method.fused])
+def test_prepare_knows_every_method_that_has_a_fused_kernel(name: str) -> None:
+    assert kernels_of(name)
+
+
 def run_python(code: str, cache: Path, **variables: str) -> str:
     """Run ``code`` in a process of its own that keeps compiled kernels in ``cache``; return what it prints."""
     path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
@@ -354,6 +360,7 @@ import numpy as np
 from mergefs.checkpoint.dtypes import BF16
 from mergefs.kernels.fused import prepare, two_factors
 from mergefs.engine.compute import convert, run_kernel
+from mergefs.methods.registry import METHODS
 from mergefs.methods.slerp import Slerp, SlerpCoefficients
 prepare(["slerp"], [BF16])
 raw = np.array([0x3F80, 0x4000], dtype=np.uint16).view(np.uint8)

@@ -29,6 +29,11 @@ _MODULES: Final[dict[str, tuple[str, ...]]] = {
 """The modules of this package that a method computes with. Each holds one ``KERNEL``."""
 
 
+def kernels_of(method: str) -> tuple[str, ...]:
+    """Return the modules of this package that the method called ``method`` computes with."""
+    return _MODULES.get(method, ())
+
+
 def prepare(
     methods: Iterable[str] | None = None,
     dtypes: Iterable[DType] = FUSED_DTYPES,
@@ -40,7 +45,7 @@ def prepare(
     compute to output. After this no read waits for a compiler. What has no fused kernel is passed over.
     """
     names = _MODULES if methods is None else methods
-    modules = dict.fromkeys(module for name in names for module in _MODULES.get(name, ()))
+    modules = dict.fromkeys(module for name in names for module in kernels_of(name))
     wanted = tuple(dtype for dtype in dtypes if dtype in FUSED_DTYPES)
     if wanted:
         for module in modules:
