@@ -14,6 +14,14 @@ METHODS: Final[dict[str, Merge]] = {
     "ties": Merge("ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
     "dare_linear": Merge("dare_linear", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
     "dare_ties": Merge("dare_ties", ({"weight": 0.7, "density": 0.6}, {"weight": 0.4, "density": 0.3})),
+    "breadcrumbs": Merge(
+        "breadcrumbs", ({"weight": 0.7, "density": 0.6, "gamma": 0.05}, {"weight": 0.4, "density": 0.9})
+    ),
+    "breadcrumbs_ties": Merge(
+        "breadcrumbs_ties", ({"weight": 0.7, "density": 0.6, "gamma": 0.05}, {"weight": 0.4, "density": 0.3})
+    ),
+    "nearswap": Merge("nearswap", ({},), {"t": 0.001}),
+    "ram": Merge("ram", ({}, {}), {"epsilon": 1e-4}),
     "slerp": Merge("slerp", ({},), {"t": 0.3}),
     "passthrough": Merge("passthrough", ({"scale": 0.7},), with_base=False),
 }

@@ -61,10 +61,22 @@ def _stable_argsort(values: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.argsort(values, **options, stable=True)
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """The part of the result of ``torch.sort`` that mergekit uses."""
+
+    indices: torch.Tensor
+
+
+def _stable_sort(values: torch.Tensor, descending: bool) -> _Sorted:
+    assert not descending
+    return _Sorted(torch.argsort(values, descending=True, stable=True).flip(0))
+
+
 @contextlib.contextmanager
 def lowest_indices_first() -> Iterator[None]:
-    """Let mergekit keep the lowest flat indices where several magnitudes equal a threshold: its sort becomes stable."""
-    with _replaced(sparsify, "torch", _TorchBut(argsort=_stable_argsort)):
+    """Let mergekit count the lowest flat indices as the largest among equal magnitudes: its sorts become stable."""
+    with _replaced(sparsify, "torch", _TorchBut(argsort=_stable_argsort, sort=_stable_sort)):
         yield
 
 
@@ -203,7 +215,7 @@ def exact_angles() -> Iterator[None]:
 def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
     """Fix everything of ``method`` that mergekit leaves open."""
     with contextlib.ExitStack() as stack:
-        if method == "ties":
+        if method in ("ties", "breadcrumbs", "breadcrumbs_ties"):
             stack.enter_context(lowest_indices_first())
             stack.enter_context(exact_sums())
         elif method.startswith("dare_"):

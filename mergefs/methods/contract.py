@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Array, Precision, Raw
 
@@ -82,13 +85,15 @@ class MagnitudeThreshold:
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeRescale:
-    """Asks for sum|delta| / sum|delta kept| of one model's tensor when ``keep`` magnitudes are kept.
+    """Asks for sum|delta| / sum|delta kept| of one model's tensor.
 
-    The answer is a float (float64 sums), 1.0 where either sum is below 1e-7.
+    Kept are the ``keep`` largest magnitudes without the ``beyond`` largest. The answer is a float (float64 sums), 1.0
+    where either sum is below 1e-7.
     """
 
     model: int
     keep: int
+    beyond: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,12 @@ class Threshold:
 
     key: int
     cut: int
+
+    def keeps(self, keys: NDArray[np.uint32], start: int) -> NDArray[np.bool_]:
+        """Return which of a run of elements survive, from their keys and the flat index of the first."""
+        places = np.arange(start, start + keys.size, dtype=np.int64)
+        survives: NDArray[np.bool_] = (keys > self.key) | ((keys == self.key) & (places < self.cut))
+        return survives
 
 
 Answer = Threshold | float

@@ -4,9 +4,11 @@ from typing import Any, Final
 
 from mergefs.methods.contract import Method, Specification
 from mergefs.methods.linear import Linear
+from mergefs.methods.nearswap import NearSwap
 from mergefs.methods.passthrough import Passthrough
+from mergefs.methods.ram import Ram
 from mergefs.methods.slerp import Slerp
-from mergefs.methods.task_vector import DARE_LINEAR, DARE_TIES, TASK_ARITHMETIC, TIES
+from mergefs.methods.task_vector import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES, TASK_ARITHMETIC, TIES
 
 _METHODS: Final[tuple[Method[Any], ...]] = (
     Linear(),
@@ -15,6 +17,10 @@ _METHODS: Final[tuple[Method[Any], ...]] = (
     TIES,
     DARE_LINEAR,
     DARE_TIES,
+    BREADCRUMBS,
+    BREADCRUMBS_TIES,
+    NearSwap(),
+    Ram(),
     Passthrough(),
 )
 METHODS: Final[dict[str, Method[Any]]] = {method.specification.name: method for method in _METHODS}

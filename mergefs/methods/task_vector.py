@@ -1,8 +1,8 @@
 """The task-vector family: what experts add to a base, sparsified, weighed, reconciled and added back.
 
 task_arithmetic: Ilharco et al. 2023, arXiv 2212.04089. ties: Yadav et al. 2023, arXiv 2306.01708. dare: Yu et al.
-2024, arXiv 2311.03099. One skeleton serves them all; they differ in which elements of a delta survive, whether a
-majority sign is elected, and in defaults.
+2024, arXiv 2311.03099. breadcrumbs: Davari and Belilovsky 2023, arXiv 2312.06795. One skeleton serves them all; they
+differ in which elements of a delta survive, whether a majority sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from mergefs.methods.contract import (
     Threshold,
 )
 
-Sparsifier = Literal["none", "magnitude", "random"]
+Sparsifier = Literal["none", "magnitude", "outliers", "random"]
 
 _NAN_BITS: Final = 0x7FFFFFFF
 """The largest pattern of a float32 magnitude; only a NaN reaches it."""
@@ -48,9 +48,10 @@ class KeepNone:
 
 @dataclass(frozen=True, slots=True)
 class KeepLargest:
-    """The largest magnitudes of the tensor survive."""
+    """The largest magnitudes of the tensor survive, but for the outliers: those that survive ``outliers`` too."""
 
     threshold: Threshold
+    outliers: Threshold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,14 @@ class KeepRandom:
 
 
 Mask = KeepAll | KeepNone | KeepLargest | KeepRandom
+
+
+@dataclass(frozen=True, slots=True)
+class _Band:
+    """Of the magnitudes in falling order, the first ``keep`` survive without the first ``beyond``."""
+
+    keep: int
+    beyond: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +112,26 @@ class TaskVector(Method[TaskVectorCoefficients]):
         """The threshold of each expert that a density prunes by magnitude, and its rescaling if wanted."""
         wanted: list[Statistic] = []
         for model in context.experts:
-            keep = self._kept(context, model)
-            if keep is not None:
-                wanted.append(MagnitudeThreshold(model, keep))
-                if context.shared["rescale"]:
-                    wanted.append(MagnitudeRescale(model, keep))
+            band = self._band(context, model)
+            if band is None:
+                continue
+            wanted += [MagnitudeThreshold(model, keep) for keep in (band.keep, band.beyond) if keep]
+            if context.shared["rescale"]:
+                wanted.append(MagnitudeRescale(model, band.keep, band.beyond))
         return tuple(wanted)
 
-    def _kept(self, context: TensorContext, model: int) -> int | None:
-        """Return how many elements magnitude pruning keeps, or None where it does not apply."""
-        density = context.number("density", model)
-        if self.sparsifier != "magnitude" or density >= 1 or density <= 0 or context.size == 0:
+    def _band(self, context: TensorContext, model: int) -> "_Band | None":
+        """Return which magnitudes pruning by magnitude keeps, or None where it keeps all or none, or does not apply."""
+        density, size = context.number("density", model), context.size
+        if density >= 1 or density <= 0 or size == 0:
             return None
-        return max(1, int(density * context.size))
+        if self.sparsifier == "magnitude":
+            return _Band(max(1, int(density * size)), 0)
+        if self.sparsifier == "outliers":
+            kept = int(density * size)
+            smallest = max(0, size - kept - int(context.number("gamma", model) * size))
+            return _Band(size - smallest, size - smallest - kept) if kept else None
+        return None
 
     def coefficients(self, context: TensorContext, answers: Answers) -> TaskVectorCoefficients:
         """Round the numbers of the recipe to the compute dtype, as they enter the arithmetic."""
@@ -146,12 +162,13 @@ class TaskVector(Method[TaskVectorCoefficients]):
         density = context.number("density", model)
         rescale: float | None = None
         mask: Mask = KeepAll()
-        keep = self._kept(context, model)
-        if keep is not None:
-            mask = KeepLargest(answers.threshold(model, keep))
+        band = self._band(context, model)
+        if band is not None:
+            outliers = answers.threshold(model, band.beyond) if band.beyond else None
+            mask = KeepLargest(answers.threshold(model, band.keep), outliers)
             if context.shared["rescale"]:
-                rescale = float(precision.scalar(answers.number(MagnitudeRescale(model, keep))))
-        elif self.sparsifier != "none" and density <= 0:
+                rescale = float(precision.scalar(answers.number(MagnitudeRescale(model, band.keep, band.beyond))))
+        elif (density <= 0 and self.sparsifier != "none") or (density < 1 and self.sparsifier == "outliers"):
             mask = KeepNone()
         elif self.sparsifier == "random" and density < 1:
             # torch draws in bfloat16 as it is and in float32 for float16, and so does the factor enter.
@@ -187,7 +204,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
 
     def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
-        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts or _drops_outliers(coefficients):
             return None
         from mergefs.kernels.fused import task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
@@ -231,8 +248,9 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     mask = expert.mask
     if isinstance(mask, KeepLargest):
         keys = precision.magnitude_keys(delta)
-        places = np.arange(block.start, block.start + delta.size, dtype=np.int64)
-        kept = (keys > mask.threshold.key) | ((keys == mask.threshold.key) & (places < mask.threshold.cut))
+        kept = mask.threshold.keeps(keys, block.start)
+        if mask.outliers is not None:
+            kept &= ~mask.outliers.keeps(keys, block.start)
         delta = delta * kept.astype(delta.dtype)
     elif isinstance(mask, KeepRandom):
         kept = uniform_integers(mask.key, block.start, delta.size) < np.uint32(mask.limit)
@@ -242,6 +260,11 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     if expert.rescale is not None:
         delta = precision.round(delta * delta.dtype.type(expert.rescale))
     return precision.round(delta * delta.dtype.type(expert.weight))
+
+
+def _drops_outliers(coefficients: TaskVectorCoefficients) -> bool:
+    """Return whether a mask has an upper end, which the fused kernel does not know."""
+    return any(isinstance(e.mask, KeepLargest) and e.mask.outliers is not None for e in coefficients.experts)
 
 
 def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
@@ -278,9 +301,19 @@ def _sum(terms: list[Array]) -> Array:
     return total
 
 
-def _parameters(normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
+def _parameters(normalize: bool, rescale: bool, outliers: bool) -> tuple[Parameter, ...]:
     """Return the parameters of the family with a member's own defaults."""
+    gamma = Parameter(
+        "gamma",
+        "float",
+        Scope.PER_EXPERT,
+        "share of the delta, its largest elements, that is dropped as outliers",
+        default=0.01,
+        minimum=0.0,
+        maximum=1.0,
+    )
     return (
+        *((gamma,) if outliers else ()),
         Parameter("weight", "float", Scope.PER_EXPERT, "weight of the expert's delta", required=True),
         Parameter(
             "density",
@@ -311,7 +344,7 @@ def _member(name: str, title: str, reference: str, summary: str, sparsifier: Spa
         title=title,
         reference=reference,
         summary=summary,
-        parameters=_parameters(normalize=name == "ties", rescale=sparsifier == "random"),
+        parameters=_parameters(name == "ties", sparsifier == "random", sparsifier == "outliers"),
         base=BasePolicy.REQUIRED,
     )
     return TaskVector(specification, sparsifier, consensus)
@@ -347,5 +380,21 @@ DARE_TIES = _member(
     "https://arxiv.org/abs/2311.03099",
     "Drops elements of each delta at random, rescales the rest, and elects a sign for each element.",
     "random",
+    True,
+)
+BREADCRUMBS = _member(
+    "breadcrumbs",
+    "Model Breadcrumbs",
+    "https://arxiv.org/abs/2312.06795",
+    "Drops the largest and the smallest elements of each delta, and adds the weighted sum of the rest.",
+    "outliers",
+    False,
+)
+BREADCRUMBS_TIES = _member(
+    "breadcrumbs_ties",
+    "Model Breadcrumbs with TIES",
+    "https://arxiv.org/abs/2312.06795",
+    "Drops the largest and the smallest elements of each delta, and elects a sign for each element.",
+    "outliers",
     True,
 )

@@ -121,8 +121,10 @@ class StatisticsService:
                 "rescale",
                 (pair.expert, pair.base),
                 compute,
-                statistic.keep,
-                lambda: thresholds.rescale_factor(pair, limit),
+                f"{statistic.keep} {statistic.beyond}",
+                lambda: thresholds.rescale_factor(
+                    pair, limit, self._threshold(pair, statistic.beyond) if statistic.beyond else None
+                ),
             )
         raise TypeError(f"no way to gather {statistic!r}")
 
@@ -134,7 +136,7 @@ class StatisticsService:
         return [digest(kind, compute.name, argument, *keys) for keys in dict.fromkeys((best, local))]
 
     def _number(
-        self, kind: str, places: tuple[Location, ...], compute: DType, argument: int, gather: Callable[[], float]
+        self, kind: str, places: tuple[Location, ...], compute: DType, argument: int | str, gather: Callable[[], float]
     ) -> float:
         """Return a statistic that is one number."""
         keys = self._keys(kind, places, compute, argument)

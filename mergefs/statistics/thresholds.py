@@ -79,9 +79,10 @@ def threshold(pair: TensorPair, histogram: NDArray[np.int64], keep: int) -> Thre
     return Threshold(key, cut)
 
 
-def rescale_factor(pair: TensorPair, limit: Threshold) -> float:
+def rescale_factor(pair: TensorPair, limit: Threshold, outliers: Threshold | None = None) -> float:
     """Return sum|delta| / sum|delta that survives ``limit``, or 1.0 where either is below 1e-7.
 
+    What survives ``outliers`` is dropped as well.
     Both sums are rounded to the compute dtype before they are divided, as mergekit rounds them, unless that overflows.
     """
     precision = Precision(pair.compute)
@@ -90,8 +91,9 @@ def rescale_factor(pair: TensorPair, limit: Threshold) -> float:
     for start, delta in pair.deltas():
         magnitudes = np.abs(delta).astype(np.float64)
         keys = precision.magnitude_keys(delta)
-        places = np.arange(start, start + delta.size)
-        survives = (keys > limit.key) | ((keys == limit.key) & (places < limit.cut))
+        survives = limit.keeps(keys, start)
+        if outliers is not None:
+            survives &= ~outliers.keeps(keys, start)
         whole.append(float(magnitudes.sum()))
         kept.append(float((magnitudes * survives).sum()))
     before, after = math.fsum(whole), math.fsum(kept)

@@ -1,0 +1,70 @@
+"""NearSwap: take from the second model what is near to the first (alchemonaut 2024, QuartetAnemoi-70B)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    Answers,
+    BasePolicy,
+    Block,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+)
+
+_SMALLEST_DISTANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class NearSwapCoefficients:
+    """The distance at which the second model begins to lose its say."""
+
+    base: int
+    other: int
+    t: float
+
+
+class NearSwap(Method[NearSwapCoefficients]):
+    """``w * b + (1 - w) * a`` with ``w = clamp(t / |a - b|, 0, 1)``, in the compute dtype."""
+
+    specification = Specification(
+        name="nearswap",
+        title="NearSwap",
+        reference="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        summary="Takes over those elements of the other model that are near to the base's.",
+        parameters=(
+            Parameter("t", "float", Scope.GLOBAL, "distance up to which the other model is taken whole", required=True),
+        ),
+        base=BasePolicy.REQUIRED,
+        min_models=2,
+        max_models=2,
+    )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """Nothing has to be known beforehand."""
+        return ()
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> NearSwapCoefficients:
+        """Take the parameter as it is."""
+        if context.base is None:
+            raise ValueError("nearswap needs a base")
+        return NearSwapCoefficients(context.base, context.experts[0], context.number("t"))
+
+    def reference(self, block: Block, coefficients: NearSwapCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step; torch divides a number by a tensor by way of the reciprocal."""
+        first, second = block.inputs[coefficients.base], block.inputs[coefficients.other]
+        one = first.dtype.type(1)
+        distance = np.maximum(np.abs(precision.round(first - second)), precision.scalar(_SMALLEST_DISTANCE))
+        weight = precision.round(precision.round(one / distance) * first.dtype.type(coefficients.t))
+        weight = np.clip(weight, 0, 1)
+        rest = precision.round(one - weight)
+        return precision.round(precision.round(weight * second) + precision.round(rest * first))
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """At most 1 for the other model, where it is near."""
+        return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
