@@ -25,6 +25,8 @@ _MODULES: Final[dict[str, tuple[str, ...]]] = {
     "ties": ("task_vector", "histogram"),
     "dare_linear": ("task_vector",),
     "dare_ties": ("task_vector",),
+    "breadcrumbs": ("task_vector", "histogram"),
+    "breadcrumbs_ties": ("task_vector", "histogram"),
 }
 """The modules of this package that a method computes with. Each holds one ``KERNEL``."""
 
