@@ -28,6 +28,11 @@ METHODS: Final[dict[str, Merge]] = {
 """Every method, with parameters that leave no shortcut."""
 
 
+def experts(*parameters: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+    """Return the parameters of experts from a weight, or a weight and a density, of each."""
+    return tuple(dict(zip(("weight", "density"), values, strict=False)) for values in parameters)
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyKind:
     """The arguments of ``checkpoints.family``: which models a test wants."""

@@ -1,9 +1,14 @@
 """Tensors of whole models, and what it means that they are equal."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from recipes import write_document
 from safetensors.torch import load_file
+
+import mergefs
 
 Tensors = dict[str, torch.Tensor]
 
@@ -35,3 +40,9 @@ def unit_in_the_last_place(values: torch.Tensor) -> torch.Tensor:
     information = torch.finfo(values.dtype)
     exponent = torch.frexp(values.double().abs().clamp_min(information.tiny))[1] - 1
     return torch.exp2(exponent.double()) * information.eps
+
+
+def merge_by_mergefs(directory: Path, document: Mapping[str, Any], **options: Any) -> Tensors:
+    """Return all tensors of the merged model, through ``mergefs.open``."""
+    with mergefs.open(write_document(directory / "recipe.yml", document), **options) as model:
+        return {name: model.get_tensor(name) for name in model.keys()}  # noqa: SIM118 (it is no mapping)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, llama_config, llama_tensors, write_model
-from examples import METHODS, Families, FamilyKind
+from examples import METHODS, Families, FamilyKind, experts
 from oracle import mergekit_merge, nothing_left_to_chance
 from recipes import Merge, recipe_document
 from tensors import differing, merge_by_mergefs
@@ -54,10 +54,6 @@ def test_tensors_of_several_blocks_equal_mergekit(
 
 
 # Parameters
-
-
-def experts(*parameters: tuple[float, ...]) -> tuple[dict[str, float], ...]:
-    return tuple(dict(zip(("weight", "density"), values, strict=False)) for values in parameters)
 
 
 LINEAR_CASES = {

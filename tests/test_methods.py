@@ -97,7 +97,8 @@ def test_float64_is_rounded_once(value: float, factor: float, addend: float) -> 
 @given(data=st.data())
 def test_fused_multiply_add_near_cancellation_is_rounded_once(kind: Kind, data: st.DataObject) -> None:
     value, factor = (data.draw(numbers(kind).filter(tame)) for _ in range(2))
-    product = kind(value) * kind(factor)
+    with np.errstate(over="ignore"):
+        product = kind(value) * kind(factor)
     assume(np.isfinite(product) and tame(float(product)))
     near = float(np.nextafter(-product, kind(data.draw(st.sampled_from([-math.inf, math.inf])))))
     for addend in (float(-product), near):
@@ -343,7 +344,9 @@ def context(method: Method[Any], compute: DType = BF16, **given_values: float | 
 
 
 def test_the_registry_knows_the_methods_by_the_names_that_recipes_use() -> None:
-    assert method_names() == ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough")
+    names = {"linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough"}
+    assert names <= set(method_names())
+    assert all(METHODS[name].specification.name == name for name in method_names())
     assert specification("ties") is METHODS["ties"].specification
     assert specification("tie") is None
 
