@@ -111,10 +111,11 @@ def masks(dtype: DType) -> st.SearchStrategy[Mask]:
     keys = st.integers(0, 2 ** Precision(dtype).key_bits - 1) | st.sampled_from(
         [int(key) for key in Precision(dtype).magnitude_keys(np.array([0, 2**-24, 2**-10, 1, np.inf], np.float32))]
     )
+    thresholds = st.builds(Threshold, keys, st.integers(0, 2**40) | st.integers(990, 4000))
     return st.one_of(
         st.just(KeepAll()),
         st.just(KeepNone()),
-        st.builds(KeepLargest, st.builds(Threshold, keys, st.integers(0, 2**40) | st.integers(990, 4000))),
+        st.builds(KeepLargest, thresholds, st.none() | thresholds),
         st.builds(KeepRandom, st.integers(0, 2**64 - 1), st.integers(0, 2**24)),
     )
 

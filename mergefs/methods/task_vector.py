@@ -204,7 +204,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
 
     def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
-        if run.dtype not in FUSED_DTYPES or not coefficients.experts or _drops_outliers(coefficients):
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
             return None
         from mergefs.kernels.fused import task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
@@ -262,11 +262,6 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     return precision.round(delta * delta.dtype.type(expert.weight))
 
 
-def _drops_outliers(coefficients: TaskVectorCoefficients) -> bool:
-    """Return whether a mask has an upper end, which the fused kernel does not know."""
-    return any(isinstance(e.mask, KeepLargest) and e.mask.outliers is not None for e in coefficients.experts)
-
-
 def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
     """Return the fields by which the fused kernel knows which elements survive."""
     from mergefs.kernels.fused import task_vector as kernel
@@ -274,11 +269,20 @@ def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
     if isinstance(mask, KeepRandom):
         return {"mask": kernel.KEEP_RANDOM, "key": mask.key, "limit": mask.limit}
     if isinstance(mask, KeepLargest):
-        before, after = (_magnitude_bits(mask.threshold.key + more, dtype) for more in (0, 1))
-        return {"mask": kernel.KEEP_LARGEST, "cut": mask.threshold.cut, "limit_before": before, "limit_after": after}
+        before, after = _limits(mask.threshold, dtype)
+        fields = {"mask": kernel.KEEP_LARGEST, "cut": mask.threshold.cut, "limit_before": before, "limit_after": after}
+        if mask.outliers is not None:
+            before, after = _limits(mask.outliers, dtype)
+            fields |= {"outlier_cut": mask.outliers.cut, "outlier_before": before, "outlier_after": after}
+        return fields
     if isinstance(mask, KeepNone):
         return {"mask": kernel.KEEP_LARGEST, "limit_after": _NAN_BITS}
     return {}
+
+
+def _limits(threshold: Threshold, dtype: DType) -> tuple[int, int]:
+    """Return the float32 bits of the smallest magnitude that survives ``threshold`` before its cut, and after it."""
+    return _magnitude_bits(threshold.key, dtype), _magnitude_bits(threshold.key + 1, dtype)
 
 
 def _magnitude_bits(key: int, dtype: DType) -> int:

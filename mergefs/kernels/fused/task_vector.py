@@ -15,6 +15,8 @@ from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, round
 KEEP_ALL: Final = 0
 KEEP_LARGEST: Final = 1
 KEEP_RANDOM: Final = 2
+NO_OUTLIER: Final = 0x7FFFFFFF
+"""The largest pattern of a magnitude. Only a NaN reaches it, and whether a NaN is dropped makes no difference."""
 
 
 class Expert(NamedTuple):
@@ -32,6 +34,11 @@ class Expert(NamedTuple):
     limit_before: int = 0
     """KEEP_LARGEST: float32 bits of the smallest magnitude that is kept before ``cut``."""
     limit_after: int = 0
+    outlier_cut: int = 0
+    """KEEP_LARGEST: from this flat index on, ``outlier_after`` holds."""
+    outlier_before: int = NO_OUTLIER
+    """KEEP_LARGEST: float32 bits of the smallest magnitude that is dropped as an outlier before ``outlier_cut``."""
+    outlier_after: int = NO_OUTLIER
     key: int = 0
     """KEEP_RANDOM: of the stream."""
     limit: int = 0
@@ -54,7 +61,7 @@ class Settings(NamedTuple):
     scale: float
 
 
-_EXPERT_TYPES = ("u8", "f4", "i8", "f4", "i8", "i8", "i8", "i8", "u8", "u8")
+_EXPERT_TYPES = ("u8", "f4", "i8", "f4", "i8", "i8", "i8", "i8", "i8", "i8", "i8", "u8", "u8")
 _SETTINGS_TYPES = ("u8", "i8", "i8", "i8", "f4", "i8", "f4")
 _EXPERT: Final = np.dtype(list(zip(Expert._fields, _EXPERT_TYPES, strict=True)), align=True)
 _SETTINGS: Final = np.dtype(list(zip(Settings._fields, _SETTINGS_TYPES, strict=True)), align=True)
@@ -106,23 +113,46 @@ def _add_all(result: Any, expert: Any, first: Any, count: Any, base: Any, total:
 
 
 @inlined
-def _add_largest(
+def _add_band(
     result: Any,
     expert: Any,
     first: Any,
     bounds: Any,
-    limit: Any,
+    limits: Any,
     base: Any,
     total: Any,
     deltas: Any,
 ) -> Any:
-    """Add the weighted deltas of magnitude ``limit`` and above, between ``bounds`` of the tile, to ``total``."""
+    """Add the weighted deltas whose magnitude is within ``limits``, between ``bounds`` of the tile, to ``total``."""
     address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
+    least, most = limits
     for i in range(bounds[0], bounds[1]):
         delta = rounded(loaded(address, first + i, result) - base[i], result)
-        delta = _weigh(delta, magnitude_bits(delta) >= limit, rescaled, rescale, weight, result)
+        magnitude = magnitude_bits(delta)
+        delta = _weigh(delta, (magnitude >= least) & (magnitude < most), rescaled, rescale, weight, result)
         deltas[i] = delta
         total[i] += delta
+
+
+@inlined
+def _add_largest(
+    result: Any, expert: Any, start: Any, first: Any, count: Any, base: Any, total: Any, deltas: Any
+) -> Any:
+    """Add the weighted deltas of the largest magnitudes: the tile in up to three parts, each with its own limits."""
+    cut, outlier_cut = _place(expert.cut, start, first, count), _place(expert.outlier_cut, start, first, count)
+    before, after = np.int32(expert.limit_before), np.int32(expert.limit_after)
+    outlier_before, outlier_after = np.int32(expert.outlier_before), np.int32(expert.outlier_after)
+    nearer, farther = min(cut, outlier_cut), max(cut, outlier_cut)
+    between = (after, outlier_before) if cut < outlier_cut else (before, outlier_after)
+    _add_band(result, expert, first, (np.uint64(0), nearer), (before, outlier_before), base, total, deltas)
+    _add_band(result, expert, first, (nearer, farther), between, base, total, deltas)
+    _add_band(result, expert, first, (farther, count), (after, outlier_after), base, total, deltas)
+
+
+@inlined
+def _place(cut: Any, start: Any, first: Any, count: Any) -> Any:
+    """Return where in a tile the flat index ``cut`` lies, its ends where it lies outside."""
+    return np.uint64(min(max(cut - start - np.int64(first), 0), np.int64(count)))
 
 
 @inlined
@@ -150,10 +180,7 @@ def _add_expert(
 ) -> Any:
     """Add one expert's weighted deltas to ``total`` and leave them in ``deltas``."""
     if expert.mask == KEEP_LARGEST:
-        before = np.uint64(min(max(expert.cut - start - np.int64(first), 0), np.int64(count)))
-        limit_before, limit_after = np.int32(expert.limit_before), np.int32(expert.limit_after)
-        _add_largest(result, expert, first, (np.uint64(0), before), limit_before, base, total, deltas)
-        _add_largest(result, expert, first, (before, count), limit_after, base, total, deltas)
+        _add_largest(result, expert, start, first, count, base, total, deltas)
     elif expert.mask == KEEP_RANDOM:
         _add_random(result, expert, first, count, np.uint64(start), base, total, deltas)
     else:
