@@ -15,6 +15,8 @@ _STORAGE: Final[dict[DType, type[np.uint16] | type[np.int16] | type[np.uint32]]]
     F32: np.uint32,
 }
 
+_CACHE_LINE: Final = 64
+
 
 def address(raw: Raw) -> int:
     """Return where the bytes of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive."""
@@ -28,9 +30,16 @@ def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
     return np.array([address(raw) for raw in raws], dtype=np.uint64)
 
 
+def aligned_bytes(size: int) -> Raw:
+    """Return ``size`` bytes that begin with a cache line, so that no access of a vector straddles two of them."""
+    room: Raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
+    skipped = -address(room) % _CACHE_LINE
+    return room[skipped : skipped + size]
+
+
 def empty(count: int, dtype: DType) -> NDArray[Any]:
     """Return an array of ``count`` elements of the integer type that stands for ``dtype``."""
-    return np.empty(count, dtype=_STORAGE[dtype])
+    return view(aligned_bytes(count * dtype.itemsize), dtype)
 
 
 def view(raw: Raw, dtype: DType) -> NDArray[Any]:

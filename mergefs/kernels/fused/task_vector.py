@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel, inlined
+from mergefs.kernels.fused.memory import aligned_bytes
 from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, rounded, signed_like
 
 KEEP_ALL: Final = 0
@@ -68,7 +69,7 @@ _SETTINGS: Final = np.dtype(list(zip(Settings._fields, _SETTINGS_TYPES, strict=T
 
 TILE: Final = 1024
 _PADDING: Final = 48
-"""Keeps the rows of the tiles from lying whole pages apart, where they would fight for the same lines of the cache."""
+"""Three cache lines: rows that lay whole pages apart would fight for the same lines of the cache."""
 
 _BASE, _TOTAL, _MIXED, _DIVISOR, _DELTAS = 0, 1, 2, 3, 4
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -265,6 +266,7 @@ KERNEL: Final = Kernel(_task_vector, _signature)
 
 def merge(dtype: DType, result: NDArray[Any], settings: Settings, experts: Sequence[Expert]) -> None:
     """Merge a run of elements of ``dtype`` into ``result``, an array of the element type that stands for it."""
-    buffers = np.empty((_DELTAS + len(experts), TILE + _PADDING), dtype=np.float32)
+    rows, columns = _DELTAS + len(experts), TILE + _PADDING
+    buffers = aligned_bytes(rows * columns * 4).view(np.float32).reshape(rows, columns)
     entries = np.array(experts, dtype=_EXPERT)
     KERNEL.compiled(dtype)(result, np.array([settings], dtype=_SETTINGS), entries, buffers)
