@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from examples import Families, FamilyKind
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from recipes import Merge, recipe_document, write_document
 
+import mergefs
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, FLOAT_DTYPES_BY_TORCH_NAME, DType
 from mergefs.kernels.arithmetic import fused_multiply_add
 from mergefs.kernels.precision import Array, Precision, load, round_to_bfloat16_bits, store
@@ -324,23 +328,33 @@ def test_a_draw_is_kept_exactly_when_it_lies_below_the_probability(probability: 
 # What methods promise
 
 
-def context(method: Method[Any], compute: DType = BF16, **given_values: float | bool) -> TensorContext:
-    """Return the context of a tensor with a base (where the method has one) and experts, all else by default."""
-    specified = method.specification
-    models = min(specified.max_models or 3, 3)
-    values: dict[str, Any] = {p.name: p.default if p.default is not None else 0.5 for p in specified.parameters}
-    values |= given_values
-    per_model = {p.name: values[p.name] for p in specified.parameters if p.scope is not Scope.GLOBAL}
-    return TensorContext(
-        name="lm_head.weight",
-        size=1000,
-        compute=compute,
-        base=models - 1 if specified.base is BasePolicy.REQUIRED else None,
-        models=models,
-        shared={p.name: values[p.name] for p in specified.parameters if p.scope is Scope.GLOBAL},
-        per_model=(per_model,) * models,
-        seed=0,
-    )
+Planned = Callable[..., TensorContext]
+
+
+@pytest.fixture
+def planned(tmp_path: Path, families: Families) -> Planned:
+    """Return a function that plans a merge by a method, of two experts where it takes them, and gives a context of it.
+
+    Parameters that are not given have their defaults, or 0.5 where there is none.
+    """
+
+    def plan(method: Method[Any], compute: DType = BF16, **given_values: float | bool) -> TensorContext:
+        specified = method.specification
+        values: dict[str, Any] = {p.name: 0.5 for p in specified.parameters if p.default is None} | given_values
+        shared = {p.name: values[p.name] for p in specified.parameters if p.scope is Scope.GLOBAL and p.name in values}
+        own = {p.name: values[p.name] for p in specified.parameters if p.name in values.keys() - shared.keys()}
+        with_base = specified.base is BasePolicy.REQUIRED
+        count = min((specified.max_models or 3) - with_base, 2)
+        merge = Merge(specified.name, (own,) * count, shared, with_base)
+        recipe = write_document(
+            tmp_path / "recipe.yml", recipe_document(merge, families(FamilyKind()), dtype=compute.torch_name)
+        )
+        with mergefs.open(recipe) as model:
+            context = model.plan.tensors["lm_head.weight"].context
+        assert context is not None
+        return context
+
+    return plan
 
 
 def test_the_registry_knows_the_methods_by_the_names_that_recipes_use() -> None:
@@ -370,8 +384,8 @@ def test_every_method_declares_parameters_that_a_recipe_can_be_checked_against(m
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_no_expert_moves_the_merge_through_the_base(method: Method[Any]) -> None:
-    found = context(method)
+def test_no_expert_moves_the_merge_through_the_base(planned: Planned, method: Method[Any]) -> None:
+    found = planned(method)
     sensitivity = method.sensitivity(found)
     assert len(sensitivity) == found.models
     assert all(math.isfinite(value) for value in sensitivity)
@@ -380,17 +394,18 @@ def test_no_expert_moves_the_merge_through_the_base(method: Method[Any]) -> None
 
 
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare_linear", "dare_ties", "passthrough"])
-def test_methods_that_know_all_from_the_recipe_ask_for_no_statistics(name: str) -> None:
-    assert METHODS[name].statistics(context(METHODS[name], density=0.5)) == ()
+def test_methods_that_know_all_from_the_recipe_ask_for_no_statistics(planned: Planned, name: str) -> None:
+    assert METHODS[name].statistics(planned(METHODS[name], density=0.5)) == ()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES_BY_TORCH_NAME.values(), ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.7, 0.9999])
-def test_a_random_mask_keeps_what_torch_would_keep_at_that_density(dtype: DType, density: float) -> None:
+def test_a_random_mask_keeps_what_torch_would_keep_at_that_density(
+    planned: Planned, dtype: DType, density: float
+) -> None:
     """torch compares with the probability in bfloat16 where it merges in that, and in float32 everywhere else."""
-    coefficients = METHODS["dare_linear"].coefficients(
-        context(METHODS["dare_linear"], dtype, density=density), NO_ANSWERS
-    )
+    method = METHODS["dare_linear"]
+    coefficients = method.coefficients(planned(method, dtype, density=density), NO_ANSWERS)
     assert isinstance(coefficients, TaskVectorCoefficients)
     mask = coefficients.experts[0].mask
     assert isinstance(mask, KeepRandom)
