@@ -207,9 +207,9 @@ def test_block_statistics_are_those_of_each_block(tmp_path: Path, stored: torch.
         for place, expert in zip(places[1:], experts, strict=True):
             deltas = known_deltas(place, places[0], F32, catalog)
             assert deltas is not None
-            difference = torch.split((expert.double() - base.double()).flatten(), 64)  # type: ignore[no-untyped-call]
+            difference = torch.split((expert.double() - base.double()).flatten(), 64)
             assert deltas.squared_norms == pytest.approx([float((d * d).sum()) for d in difference], rel=1e-6)
-            changed = torch.split((expert != base).flatten(), 64)  # type: ignore[no-untyped-call]
+            changed = torch.split((expert != base).flatten(), 64)
             assert deltas.changed.tolist() == [int(block.sum()) for block in changed]
     reader.close()
 
