@@ -1,7 +1,8 @@
 """The directory that a model is written into before it appears: beside its destination, under a lock.
 
 At every instant the destination is absent, what it was before, or the complete new model: everything is written and
-synced in the staging directory, which one rename (or an exchange with what is replaced) then makes the destination.
+synced in the staging directory, which one rename (or an exchange with what is replaced) then makes the destination. The
+lock is a file of its own beside both, and held until the last of it is done.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,6 @@ from mergefs.errors import MaterializeError
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
-_LOCK_NAME: Final = ".mergefs-lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,9 @@ class Staging:
     destination: Path
 
     def commit(self) -> None:
-        """Make the staging directory the destination, durably; what it replaces is removed afterwards."""
+        """Make the staging directory the destination, durably; what it replaces is then in the staging directory."""
         for directory in sorted((d for d in self.path.rglob("*") if d.is_dir()), reverse=True):
             sync_directory(directory)
-        (self.path / _LOCK_NAME).unlink()
         sync_directory(self.path)
         replaces = self.destination.is_dir() and any(self.destination.iterdir())
         try:
@@ -47,8 +46,6 @@ class Staging:
                 "make the directory above it writable and run again"
             ) from error
         sync_directory(self.destination.parent)
-        if replaces:
-            shutil.rmtree(self.path)
 
 
 def staging_path(destination: Path) -> Path:
@@ -63,21 +60,41 @@ def staging(destination: Path) -> Iterator[Staging]:
     What an interrupted run left there is removed first. Raises MaterializeError while another process is at work.
     """
     path = staging_path(destination)
+    lock_path = destination.parent / f".{destination.name}.mergefs-lock"
+    made = _missing_parents(destination)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(lock_path, destination)
     except OSError as error:
-        raise MaterializeError(
-            f"{path}: cannot be created ({error.strerror}); make its parent writable, or choose another place"
-        ) from error
+        raise _cannot_create(path, error) from error
     try:
-        _lock(lock, destination)
-        _empty(path)
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir()
+        except OSError as error:
+            raise _cannot_create(path, error) from error
         yield Staging(path, destination)
     finally:
-        os.close(lock)
-        # After a commit this name is gone; after an error its content is of no use to anybody.
+        # What an error has left is of no use to anybody, and after a commit this is what was replaced.
         shutil.rmtree(path, ignore_errors=True)
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()  # unless the model is in it now
+
+
+def _missing_parents(destination: Path) -> list[Path]:
+    """Return the directories above ``destination`` that are not there yet, the innermost first."""
+    return [parent for parent in destination.parents if not parent.exists()]
+
+
+def _cannot_create(path: Path, error: OSError) -> MaterializeError:
+    """Return the error for a staging directory that cannot be made."""
+    return MaterializeError(
+        f"{path}: cannot be created ({error.strerror}); make its parent writable, or choose another place"
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -89,28 +106,26 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, destination: Path) -> None:
-    """Take the lock and write down who has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "another process"
-        raise MaterializeError(
-            f"{destination}: process {holder} is writing this model already; wait for it, or stop it"
-        ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-
-
-def _empty(path: Path) -> None:
-    """Remove what an interrupted run left."""
-    for entry in path.iterdir():
-        if entry.name == _LOCK_NAME:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _lock(path: Path, destination: Path) -> int:
+    """Take the lock, write down who has it, and return its descriptor."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                return descriptor
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise MaterializeError(
+                f"{destination}: process {holder} is writing this model already; wait for it, or stop it"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who had it has just removed it
 
 
 def _exchange(first: Path, second: Path) -> None:
