@@ -53,7 +53,7 @@ class TensorSlice:
         whole = index if isinstance(index, tuple) else (index,)
         shape = self._plan.shape
         first = whole[0] if whole else slice(None)
-        if not shape or first is Ellipsis or not isinstance(first, (slice, int)):
+        if not shape or isinstance(first, bool) or not isinstance(first, (slice, int)):
             return self._model.get_tensor(self._plan.name)[index]
         if isinstance(first, int):
             row = first + shape[0] if first < 0 else first

@@ -20,6 +20,10 @@ METHODS: Final[dict[str, Merge]] = {
     "breadcrumbs_ties": Merge(
         "breadcrumbs_ties", ({"weight": 0.7, "density": 0.6, "gamma": 0.05}, {"weight": 0.4, "density": 0.3})
     ),
+    "della": Merge("della", ({"weight": 0.7, "density": 0.6, "epsilon": 0.3}, {"weight": 0.4, "density": 0.3})),
+    "della_linear": Merge(
+        "della_linear", ({"weight": 0.7, "density": 0.6, "epsilon": 0.3}, {"weight": 0.4, "density": 0.3})
+    ),
     "nearswap": Merge("nearswap", ({},), {"t": 0.001}),
     "ram": Merge("ram", ({}, {}), {"epsilon": 1e-4}),
     "slerp": Merge("slerp", ({},), {"t": 0.3}),

@@ -143,8 +143,12 @@ _MERGE_GROUP = generalized_task_arithmetic.GeneralizedTaskArithmeticMerge.merge_
 
 
 @contextlib.contextmanager
-def our_random_masks(seed: int = 0) -> Iterator[None]:
-    """Let mergekit use our random masks, and the factor 1/density in place of the ratio of sums, which estimates it."""
+def our_random_masks(seed: int = 0, exact_ratio: bool = False) -> Iterator[None]:
+    """Let mergekit use our random masks, with its sorts stable.
+
+    The factor of what is kept is 1/density in place of the ratio of sums, which estimates it; with ``exact_ratio`` it
+    is that ratio, of sums that are taken in float64.
+    """
     masks = _RandomMasks(seed)
 
     def merge_group(method: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
@@ -154,8 +158,8 @@ def our_random_masks(seed: int = 0) -> Iterator[None]:
         for owner, name, value in (
             (generalized_task_arithmetic.GeneralizedTaskArithmeticMerge, "merge_group", merge_group),
             (generalized_task_arithmetic, "sparsify", masks.sparsify),
-            (sparsify, "torch", _TorchBut(bernoulli=masks.bernoulli)),
-            (sparsify, "rescaled_masked_tensor", masks.rescaled),
+            (sparsify, "torch", _TorchBut(bernoulli=masks.bernoulli, argsort=_stable_argsort)),
+            (sparsify, "rescaled_masked_tensor", _exactly_rescaled if exact_ratio else masks.rescaled),
         ):
             stack.enter_context(_replaced(owner, name, value))
         yield
@@ -220,6 +224,8 @@ def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
             stack.enter_context(exact_sums())
         elif method.startswith("dare_"):
             stack.enter_context(our_random_masks(seed))
+        elif method in ("della", "della_linear"):
+            stack.enter_context(our_random_masks(seed, exact_ratio=True))
         elif method == "slerp":
             stack.enter_context(exact_angles())
         yield

@@ -109,6 +109,20 @@ def outlier_cases(method: str) -> dict[str, Merge]:
     }
 
 
+def ranked_cases(method: str) -> dict[str, Merge]:
+    """Return cases for the methods that drop at random by rank."""
+    first = {"weight": 0.7, "density": 0.5, "epsilon": 0.4}
+    seconds = {
+        "all and nothing": ({"weight": 0.4, "density": 1.0}, {"weight": 0.3, "density": 0.0}),
+        "no epsilon": ({"weight": 0.4, "density": 0.2, "epsilon": 0.0},),
+        "the default of epsilon": ({"weight": 0.4, "density": 0.7},),
+    }
+    cases = {f"{method}: {title}": Merge(method, (first, *second)) for title, second in seconds.items()}
+    for name, value in (("rescale", False), ("normalize", True), ("normalize", False), ("lambda", 0.3)):
+        cases[f"{method}: {name} {value}"] = Merge(method, (first, {"weight": 0.4, "density": 0.6}), {name: value})
+    return cases
+
+
 NEARSWAP_CASES = {f"nearswap at {t}": Merge("nearswap", ({},), {"t": t}) for t in (0, 1e-7, 0.01, 5)}
 RAM_CASES = {
     f"ram of {count} with {shared}": Merge("ram", ({},) * count, shared)
@@ -128,6 +142,8 @@ CASES = {
     **pruned_cases("breadcrumbs_ties"),
     **outlier_cases("breadcrumbs"),
     **outlier_cases("breadcrumbs_ties"),
+    **ranked_cases("della"),
+    **ranked_cases("della_linear"),
     **NEARSWAP_CASES,
     **RAM_CASES,
     **SLERP_CASES,

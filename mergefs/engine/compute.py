@@ -69,18 +69,20 @@ def _run_reference(
     out: DType,
     start: int,
 ) -> Raw:
-    """Return what ``run_kernel`` does, by the formula. It is elementwise, so cutting the run changes nothing."""
+    """Return what ``run_kernel`` does, by the formula, in tiles of whole grains: so cutting the run changes nothing."""
     precision = Precision(compute)
+    grain = method.grain(coefficients)
+    step = max(1, _TILE // grain) * grain
     count = inputs[0][0].size // inputs[0][1].itemsize
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     with np.errstate(all="ignore"):
-        for first in range(0, count, _TILE):
-            last = min(first + _TILE, count)
+        for first in range(0, count, step):
+            last = min(first + step, count)
             values = tuple(
                 load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in inputs
             )
             merged = method.reference(Block(values, start + first), coefficients, precision)
-            result[first * out.itemsize : last * out.itemsize] = store(merged, compute, out)
+            result[first * out.itemsize : last * out.itemsize] = store(merged, method.result_dtype(compute), out)
     return result
 
 

@@ -12,6 +12,7 @@ from mergefs.checkpoint.source import Shard
 from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
+from mergefs.kernels.fused import prepare
 from mergefs.kernels.precision import Raw, is_finite
 from mergefs.planner.plan import MergePlan, OutputFile, Role, TensorPlan
 from mergefs.sources.ledger import Purpose
@@ -62,6 +63,16 @@ class Engine:
         result: Raw = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
         self._resources.ledger.record_served(result.nbytes)
         return result
+
+    def prepare(self) -> None:
+        """Load the compiled kernels that the plan needs, so that no read waits for a compiler."""
+        merged = [tensor for tensor in self.plan.tensors.values() if tensor.context is not None]
+        conversions = {(place.tensor.dtype, tensor.compute) for tensor in merged for place in tensor.places}
+        conversions |= {(tensor.compute, tensor.dtype) for tensor in merged}
+        # Sorted, since sets have no order and what is compiled first should not depend on chance.
+        pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
+        computed = dict.fromkeys(tensor.compute for tensor in merged)
+        prepare(self.plan.method.kernels(), computed, pairs)
 
     def gather_statistics(self, name: str) -> None:
         """Make sure that no later read of this tensor has to gather statistics."""

@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Array, Precision, Raw
+
+LONGEST_ROW: Final = 4 * 2**20
+"""Rows up to this many elements are never cut, so that a method may work by rows."""
 
 
 class Scope(Enum):
@@ -105,17 +108,28 @@ class InnerProduct:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """The same run of elements of every input, for a reference kernel.
+
+    ``inputs`` are one-dimensional arrays of values of the compute dtype, carried as float32 (float64 when the merge
+    computes in F64). ``start`` is the flat index of the first element in the tensor.
+    """
+
+    inputs: tuple[Array, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class ElementSum:
     """Asks for the sum, in float64, of a quantity over all elements of a tensor. The answer is a float.
 
     ``name`` and ``arguments`` say which quantity, and are what the answer is kept under: ``terms`` must depend on
-    nothing else but the same run of elements of the inputs ``models``, which it gets in that order, carried as in
-    ``Block``.
+    nothing else but a block of whole rows of the inputs ``models``, in that order.
     """
 
     name: str
     models: tuple[int, ...]
-    terms: Callable[[tuple[Array, ...], Precision], Array] = field(compare=False, repr=False)
+    terms: Callable[[Block, Precision], Array] = field(compare=False, repr=False)
     arguments: tuple[float, ...] = ()
 
 
@@ -171,12 +185,14 @@ NO_ANSWERS = Answers({})
 class TensorContext:
     """What a method may know of a tensor without its bytes.
 
-    ``size`` counts elements and ``models`` the inputs, ``base`` is the index of the base among these, or None.
-    ``shared`` and ``per_model`` are the resolved parameters, of the tensor and of each input.
+    ``size`` counts elements, ``row`` those of a row (the last dimension), and ``models`` the inputs; ``base`` is the
+    index of the base among these, or None. ``shared`` and ``per_model`` are the resolved parameters, of the tensor and
+    of each input.
     """
 
     name: str
     size: int
+    row: int
     compute: DType
     base: int | None
     models: int
@@ -195,18 +211,6 @@ class TensorContext:
         if value is None:
             raise KeyError(name)
         return float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The same run of elements of every input, for a reference kernel.
-
-    ``inputs`` are one-dimensional arrays of values of the compute dtype, carried as float32 (float64 when the merge
-    computes in F64). ``start`` is the flat index of the first element in the tensor.
-    """
-
-    inputs: tuple[Array, ...]
-    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,12 +251,24 @@ class Method(ABC, Generic[CoefficientsT]):
     def coefficients(self, context: TensorContext, answers: Answers) -> CoefficientsT:
         """Turn the answers to ``statistics`` into what the kernel needs, once for each tensor."""
 
+    def grain(self, coefficients: CoefficientsT) -> int:
+        """Return how many elements a kernel must see at once: a row for methods that work by rows, else 1."""
+        return 1
+
+    def result_dtype(self, compute: DType) -> DType:
+        """Return the dtype of what ``reference`` returns: the compute dtype, but for methods that end in F32."""
+        return compute
+
     @abstractmethod
     def reference(self, block: Block, coefficients: CoefficientsT, precision: Precision) -> Array:
         """Compute the block by the formula: the definition that a fast kernel must equal bit for bit.
 
-        Returns values of the compute dtype, carried like the inputs.
+        Returns values of ``result_dtype``, carried as in ``Block``.
         """
+
+    def kernels(self) -> tuple[str, ...]:
+        """Return the modules of ``mergefs.kernels.fused`` that the method computes with, each with one ``KERNEL``."""
+        return ()
 
     def fused(self, run: RawRun, coefficients: CoefficientsT) -> Raw | None:
         """Compute the run from bytes to bytes, or return None where only ``reference`` can.

@@ -79,6 +79,10 @@ class Linear(Method[LinearCoefficients]):
             total = total / carrier(coefficients.divisor)
         return precision.round(total)
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("weighted_average",)
+
     def fused(self, run: RawRun, coefficients: LinearCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES:

@@ -8,7 +8,16 @@ from mergefs.methods.nearswap import NearSwap
 from mergefs.methods.passthrough import Passthrough
 from mergefs.methods.ram import Ram
 from mergefs.methods.slerp import Slerp
-from mergefs.methods.task_vector import BREADCRUMBS, BREADCRUMBS_TIES, DARE_LINEAR, DARE_TIES, TASK_ARITHMETIC, TIES
+from mergefs.methods.task_vector import (
+    BREADCRUMBS,
+    BREADCRUMBS_TIES,
+    DARE_LINEAR,
+    DARE_TIES,
+    DELLA,
+    DELLA_LINEAR,
+    TASK_ARITHMETIC,
+    TIES,
+)
 
 _METHODS: Final[tuple[Method[Any], ...]] = (
     Linear(),
@@ -19,6 +28,8 @@ _METHODS: Final[tuple[Method[Any], ...]] = (
     DARE_TIES,
     BREADCRUMBS,
     BREADCRUMBS_TIES,
+    DELLA,
+    DELLA_LINEAR,
     NearSwap(),
     Ram(),
     Passthrough(),

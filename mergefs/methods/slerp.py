@@ -90,6 +90,10 @@ class Slerp(Method[SlerpCoefficients]):
         other: Array = block.inputs[coefficients.other] * kind(coefficients.second)
         return precision.round(np.add(base, other))
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("two_factors",)
+
     def fused(self, run: RawRun, coefficients: SlerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES:

@@ -1,8 +1,9 @@
 """The task-vector family: what experts add to a base, sparsified, weighed, reconciled and added back.
 
 task_arithmetic: Ilharco et al. 2023, arXiv 2212.04089. ties: Yadav et al. 2023, arXiv 2306.01708. dare: Yu et al.
-2024, arXiv 2311.03099. breadcrumbs: Davari and Belilovsky 2023, arXiv 2312.06795. One skeleton serves them all; they
-differ in which elements of a delta survive, whether a majority sign is elected, and in defaults.
+2024, arXiv 2311.03099. breadcrumbs: Davari and Belilovsky 2023, arXiv 2312.06795. della: Deep et al. 2024,
+arXiv 2406.11617. One skeleton serves them all; they differ in which elements of a delta survive, whether a majority
+sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from typing import Final, Literal
 
 import numpy as np
 
-from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.checkpoint.dtypes import BF16, F16, DType
+from mergefs.errors import RecipeError
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
-from mergefs.kernels.random import bernoulli_limit, stream_key, uniform_integers
+from mergefs.kernels.random import bernoulli_limit, stream_key
 from mergefs.methods.contract import (
+    LONGEST_ROW,
     Answers,
     BasePolicy,
     Block,
+    ElementSum,
     MagnitudeRescale,
     MagnitudeThreshold,
     Method,
@@ -29,40 +33,14 @@ from mergefs.methods.contract import (
     TensorContext,
     Threshold,
 )
+from mergefs.methods.masks import KeepAll, KeepLargest, KeepNone, KeepRandom, KeepRanked, Mask, drawing, kept
 
-Sparsifier = Literal["none", "magnitude", "outliers", "random"]
+Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
 
 _NAN_BITS: Final = 0x7FFFFFFF
 """The largest pattern of a float32 magnitude; only a NaN reaches it."""
 
-
-@dataclass(frozen=True, slots=True)
-class KeepAll:
-    """Every element of the delta survives."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeepNone:
-    """No element of the delta survives (density 0)."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeepLargest:
-    """The largest magnitudes of the tensor survive, but for the outliers: those that survive ``outliers`` too."""
-
-    threshold: Threshold
-    outliers: Threshold | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeepRandom:
-    """An element survives when its draw from stream ``key`` is below ``limit``."""
-
-    key: int
-    limit: int
-
-
-Mask = KeepAll | KeepNone | KeepLargest | KeepRandom
+_SMALLEST_SUM: Final = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +86,28 @@ class TaskVector(Method[TaskVectorCoefficients]):
     sparsifier: Sparsifier
     consensus: bool
 
+    def check(self, context: TensorContext) -> None:
+        """Refuse probabilities outside of (0, 1), and rows that are too long to be ranked."""
+        for model in context.experts if self.sparsifier == "ranked" else ():
+            density, epsilon = context.number("density", model), context.number("epsilon", model)
+            if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+                raise RecipeError(
+                    f"tensor {context.name!r}: density {density} -+ epsilon {epsilon} must stay between 0 and 1; "
+                    "choose a smaller `epsilon`, or another `density`"
+                )
+            if context.row > LONGEST_ROW:
+                raise RecipeError(
+                    f"tensor {context.name!r} has rows of {context.row} elements, and {self.specification.name} ranks "
+                    f"rows of at most {LONGEST_ROW}; choose a method that does not work by rows"
+                )
+
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """The threshold of each expert that a density prunes by magnitude, and its rescaling if wanted."""
         wanted: list[Statistic] = []
         for model in context.experts:
+            ranked = self._ranked(context, model)
+            if ranked is not None and context.shared["rescale"]:
+                wanted += _rescale_sums(context, model, ranked)
             band = self._band(context, model)
             if band is None:
                 continue
@@ -132,6 +128,14 @@ class TaskVector(Method[TaskVectorCoefficients]):
             smallest = max(0, size - kept - int(context.number("gamma", model) * size))
             return _Band(size - smallest, size - smallest - kept) if kept else None
         return None
+
+    def _ranked(self, context: TensorContext, model: int) -> KeepRanked | None:
+        """Return the mask of a method that keeps by rank, or None where all or none is kept, or it does not apply."""
+        density = context.number("density", model)
+        if self.sparsifier != "ranked" or density >= 1 or density <= 0:
+            return None
+        key = stream_key(context.seed, model, context.name)
+        return KeepRanked(key, context.row, density, context.number("epsilon", model))
 
     def coefficients(self, context: TensorContext, answers: Answers) -> TaskVectorCoefficients:
         """Round the numbers of the recipe to the compute dtype, as they enter the arithmetic."""
@@ -163,7 +167,12 @@ class TaskVector(Method[TaskVectorCoefficients]):
         rescale: float | None = None
         mask: Mask = KeepAll()
         band = self._band(context, model)
-        if band is not None:
+        ranked = self._ranked(context, model)
+        if ranked is not None:
+            mask = ranked
+            if context.shared["rescale"]:
+                rescale = _rescale_of_sums(context, answers, model, ranked)
+        elif band is not None:
             outliers = answers.threshold(model, band.beyond) if band.beyond else None
             mask = KeepLargest(answers.threshold(model, band.keep), outliers)
             if context.shared["rescale"]:
@@ -172,12 +181,16 @@ class TaskVector(Method[TaskVectorCoefficients]):
             mask = KeepNone()
         elif self.sparsifier == "random" and density < 1:
             # torch draws in bfloat16 as it is and in float32 for float16, and so does the factor enter.
-            drawn = Precision(F32) if context.compute == F16 else precision
+            drawn = drawing(precision)
             probability = float(precision.scalar(density) if context.compute == BF16 else np.float32(density))
             mask = KeepRandom(stream_key(context.seed, model, context.name), bernoulli_limit(probability))
             if context.shared["rescale"]:
                 rescale = float(drawn.scalar(1 / density))
         return ExpertCoefficients(model, mask, rescale, weight)
+
+    def grain(self, coefficients: TaskVectorCoefficients) -> int:
+        """Return a row where a mask ranks rows."""
+        return max((e.mask.row for e in coefficients.experts if isinstance(e.mask, KeepRanked)), default=1)
 
     def reference(self, block: Block, coefficients: TaskVectorCoefficients, precision: Precision) -> Array:
         """Follow the formula, rounding after each step as torch does in the compute dtype."""
@@ -202,9 +215,15 @@ class TaskVector(Method[TaskVectorCoefficients]):
             mixed = precision.round(mixed * base.dtype.type(coefficients.scale))
         return precision.round(base + mixed)
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes, and one for thresholds; ranking rows is numpy's."""
+        if self.sparsifier == "ranked":
+            return ()
+        return ("task_vector", "histogram") if self.sparsifier in ("magnitude", "outliers") else ("task_vector",)
+
     def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
-        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts or not self.kernels():
             return None
         from mergefs.kernels.fused import task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
@@ -245,21 +264,40 @@ class TaskVector(Method[TaskVectorCoefficients]):
 def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, precision: Precision) -> Array:
     """Return weight * rescale * mask * (x - base) of one expert."""
     delta = precision.round(block.inputs[expert.model] - base)
-    mask = expert.mask
-    if isinstance(mask, KeepLargest):
-        keys = precision.magnitude_keys(delta)
-        kept = mask.threshold.keeps(keys, block.start)
-        if mask.outliers is not None:
-            kept &= ~mask.outliers.keeps(keys, block.start)
-        delta = delta * kept.astype(delta.dtype)
-    elif isinstance(mask, KeepRandom):
-        kept = uniform_integers(mask.key, block.start, delta.size) < np.uint32(mask.limit)
-        delta = delta * kept.astype(delta.dtype)
-    elif isinstance(mask, KeepNone):
-        delta = delta * delta.dtype.type(0)
+    if not isinstance(expert.mask, KeepAll):
+        delta = delta * kept(expert.mask, delta, block.start, precision)
     if expert.rescale is not None:
         delta = precision.round(delta * delta.dtype.type(expert.rescale))
     return precision.round(delta * delta.dtype.type(expert.weight))
+
+
+def _rescale_sums(context: TensorContext, model: int, mask: KeepRanked) -> tuple[ElementSum, ElementSum]:
+    """Ask for the sum of all magnitudes of a delta, and for that of those that a mask keeps."""
+    if context.base is None:
+        raise ValueError("a delta needs a base")
+    models = (model, context.base)
+    arguments = (float(mask.key), mask.density, mask.epsilon, float(mask.row))
+
+    def magnitudes(block: Block, precision: Precision) -> Array:
+        return np.abs(precision.round(block.inputs[0] - block.inputs[1]))
+
+    def magnitudes_kept(block: Block, precision: Precision) -> Array:
+        delta = precision.round(block.inputs[0] - block.inputs[1])
+        return np.abs(delta * kept(mask, delta, block.start, precision))
+
+    return (
+        ElementSum("delta magnitudes", models, magnitudes),
+        ElementSum("delta magnitudes kept by rank", models, magnitudes_kept, arguments),
+    )
+
+
+def _rescale_of_sums(context: TensorContext, answers: Answers, model: int, mask: KeepRanked) -> float | None:
+    """Return the ratio of the two sums, rounded as torch rounds it, or None where one of them vanishes."""
+    drawn = drawing(Precision(context.compute))
+    before, after = (drawn.scalar(answers.number(wanted)) for wanted in _rescale_sums(context, model, mask))
+    if before < _SMALLEST_SUM or after < _SMALLEST_SUM:
+        return None
+    return float(drawn.scalar(float(before / after)))
 
 
 def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
@@ -305,7 +343,7 @@ def _sum(terms: list[Array]) -> Array:
     return total
 
 
-def _parameters(normalize: bool, rescale: bool, outliers: bool) -> tuple[Parameter, ...]:
+def _parameters(normalize: bool, rescale: bool, sparsifier: Sparsifier) -> tuple[Parameter, ...]:
     """Return the parameters of the family with a member's own defaults."""
     gamma = Parameter(
         "gamma",
@@ -316,8 +354,17 @@ def _parameters(normalize: bool, rescale: bool, outliers: bool) -> tuple[Paramet
         minimum=0.0,
         maximum=1.0,
     )
+    epsilon = Parameter(
+        "epsilon",
+        "float",
+        Scope.PER_EXPERT,
+        "how far the chance to be kept rises and falls from the density with the rank",
+        default=0.15,
+        minimum=0.0,
+        maximum=1.0,
+    )
     return (
-        *((gamma,) if outliers else ()),
+        *((gamma,) if sparsifier == "outliers" else (epsilon,) if sparsifier == "ranked" else ()),
         Parameter("weight", "float", Scope.PER_EXPERT, "weight of the expert's delta", required=True),
         Parameter(
             "density",
@@ -348,7 +395,7 @@ def _member(name: str, title: str, reference: str, summary: str, sparsifier: Spa
         title=title,
         reference=reference,
         summary=summary,
-        parameters=_parameters(name == "ties", sparsifier == "random", sparsifier == "outliers"),
+        parameters=_parameters(name in ("ties", "della"), sparsifier in ("random", "ranked"), sparsifier),
         base=BasePolicy.REQUIRED,
     )
     return TaskVector(specification, sparsifier, consensus)
@@ -401,4 +448,20 @@ BREADCRUMBS_TIES = _member(
     "Drops the largest and the smallest elements of each delta, and elects a sign for each element.",
     "outliers",
     True,
+)
+DELLA = _member(
+    "della",
+    "DELLA",
+    "https://arxiv.org/abs/2406.11617",
+    "Drops elements of each delta at random, small ones more often, rescales the rest, and elects signs.",
+    "ranked",
+    True,
+)
+DELLA_LINEAR = _member(
+    "della_linear",
+    "Linear DELLA",
+    "https://arxiv.org/abs/2406.11617",
+    "Drops elements of each delta at random, small ones more often, rescales the rest, and adds the weighted sum.",
+    "ranked",
+    False,
 )

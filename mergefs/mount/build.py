@@ -104,7 +104,12 @@ def _model(path: Path, options: BuildOptions, resources: Resources, progress: Pr
         format_size(plan.outcome.expert_bytes_planned),
         format_size(plan.outcome.expert_bytes_total),
     )
-    return ModelFiles(plan, resources, strict=False)
+    files = ModelFiles(plan, resources, strict=False)
+    # Compiling takes seconds the first time on a machine, and nothing later: kernels are kept on disk.
+    progress.start("loading kernels", 0)
+    files.engine.prepare()
+    progress.finish()
+    return files
 
 
 def _start_warming(models: Sequence[MountedModel], stop: threading.Event) -> threading.Thread:

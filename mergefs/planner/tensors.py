@@ -96,6 +96,7 @@ def _plan_tensor(
     context = TensorContext(
         name=tensor.name,
         size=places[0].elements,
+        row=max(1, tensor.shape[-1] if tensor.shape else 1),
         compute=compute,
         base=base_index,
         models=len(places),

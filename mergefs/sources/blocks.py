@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mergefs.methods.contract import LONGEST_ROW
+
 BLOCK_ELEMENTS = 512 * 1024
 
 
@@ -12,8 +14,8 @@ class BlockGrid:
     """A tensor of ``size`` elements cut into runs of ``step`` elements; the last run may be shorter.
 
     A run is as many whole rows (the last dimension) as fit into ``BLOCK_ELEMENTS``, which is 1 MiB of a 16 bit type,
-    or a piece of a row where one row alone is longer. The grid follows from the shape alone, so every model of a
-    family has the same one, whatever its dtype and its shards.
+    and at least one; only a row of more than ``LONGEST_ROW`` elements is cut. The grid follows from the shape alone, so
+    every model of a family has the same one, whatever its dtype and its shards.
     """
 
     size: int
@@ -24,7 +26,7 @@ class BlockGrid:
         """Return the grid for a tensor of ``shape``."""
         size = math.prod(shape)
         row = shape[-1] if shape else 1
-        step = BLOCK_ELEMENTS if row == 0 or row > BLOCK_ELEMENTS else BLOCK_ELEMENTS // row * row
+        step = BLOCK_ELEMENTS if row == 0 or row > LONGEST_ROW else max(1, BLOCK_ELEMENTS // row) * row
         return cls(size, step)
 
     @property

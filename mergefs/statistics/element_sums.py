@@ -7,7 +7,7 @@ import numpy as np
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Precision, load
-from mergefs.methods.contract import ElementSum
+from mergefs.methods.contract import Block, ElementSum
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.reader import SourceReader
@@ -31,7 +31,7 @@ def element_sums(
         }
         for statistic, gathered in zip(wanted, parts, strict=True):
             with np.errstate(all="ignore"):
-                terms = statistic.terms(tuple(values[model] for model in statistic.models), precision)
+                terms = statistic.terms(Block(tuple(values[model] for model in statistic.models), start), precision)
                 gathered.append(float(terms.astype(np.float64).sum()))
     # math.fsum refuses infinities of both signs; what they come to is not a number.
     return [math.fsum(part) if all(map(math.isfinite, part)) else float(np.sum(part)) for part in parts]

@@ -18,42 +18,22 @@ if TYPE_CHECKING:
 FUSED_DTYPES: Final[tuple[DType, ...]] = (BF16, F16, F32)
 """The compute dtypes that there are fused kernels for."""
 
-_MODULES: Final[dict[str, tuple[str, ...]]] = {
-    "linear": ("weighted_average",),
-    "slerp": ("two_factors",),
-    "task_arithmetic": ("task_vector",),
-    "ties": ("task_vector", "histogram"),
-    "dare_linear": ("task_vector",),
-    "dare_ties": ("task_vector",),
-    "breadcrumbs": ("task_vector", "histogram"),
-    "breadcrumbs_ties": ("task_vector", "histogram"),
-}
-"""The modules of this package that a method computes with. Each holds one ``KERNEL``."""
-
-
-def kernels_of(method: str) -> tuple[str, ...]:
-    """Return the modules of this package that the method called ``method`` computes with."""
-    return _MODULES.get(method, ())
-
 
 def prepare(
-    methods: Iterable[str] | None = None,
+    modules: Iterable[str],
     dtypes: Iterable[DType] = FUSED_DTYPES,
     conversions: Iterable[tuple[DType, DType]] = (),
 ) -> None:
-    """Compile, or load from the cache, the kernels of ``methods`` (None: of all) for the compute dtypes ``dtypes``.
+    """Compile, or load from the cache, the kernels of ``modules`` of this package for the compute dtypes ``dtypes``.
 
     ``conversions`` are the pairs of a dtype and the one that it is converted to, from stored to compute and from
-    compute to output. After this no read waits for a compiler. What has no fused kernel is passed over.
+    compute to output. After this no read waits for a compiler. Dtypes without fused kernels are passed over.
     """
-    names = _MODULES if methods is None else methods
-    modules = dict.fromkeys(module for name in names for module in kernels_of(name))
     wanted = tuple(dtype for dtype in dtypes if dtype in FUSED_DTYPES)
-    if wanted:
-        for module in modules:
-            kernel: Kernel = importlib.import_module(f"{__name__}.{module}").KERNEL
-            for dtype in wanted:
-                kernel.compiled(dtype)
+    for module in dict.fromkeys(modules) if wanted else ():
+        kernel: Kernel = importlib.import_module(f"{__name__}.{module}").KERNEL
+        for dtype in wanted:
+            kernel.compiled(dtype)
     pairs = [pair for pair in conversions if pair[0] != pair[1] and set(pair) <= set(FUSED_DTYPES)]
     if pairs:
         from mergefs.kernels.fused.conversion import KERNEL
