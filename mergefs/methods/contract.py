@@ -100,14 +100,6 @@ class MagnitudeRescale:
 
 
 @dataclass(frozen=True, slots=True)
-class InnerProduct:
-    """Asks for the inner product of two inputs over a whole tensor, in float64. The answer is a float."""
-
-    first: int
-    second: int
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """The same run of elements of every input, for a reference kernel.
 
@@ -133,7 +125,7 @@ class ElementSum:
     arguments: tuple[float, ...] = ()
 
 
-Statistic = MagnitudeThreshold | MagnitudeRescale | InnerProduct | ElementSum
+Statistic = MagnitudeThreshold | MagnitudeRescale | ElementSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +162,7 @@ class Answers:
             raise TypeError(f"a threshold was asked for and {answer!r} was answered")
         return answer
 
-    def number(self, statistic: MagnitudeRescale | InnerProduct | ElementSum) -> float:
+    def number(self, statistic: MagnitudeRescale | ElementSum) -> float:
         """Return the answer to a statistic that is a number."""
         answer = self.values[statistic]
         if isinstance(answer, Threshold):
@@ -236,9 +228,9 @@ class Method(ABC, Generic[CoefficientsT]):
     def check(self, context: TensorContext) -> None:
         """Raise RecipeError where the parameters of this tensor make no sense together."""
 
-    @abstractmethod
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """Return what has to be known about the whole tensor."""
+        """Return what has to be known about the whole tensor; nothing, for methods that look at elements alone."""
+        return ()
 
     def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
         """Return what has to be known beside ``answers``, where a pass over the tensor needs results of the one before.

@@ -18,7 +18,6 @@ from mergefs.methods.contract import (
     RawRun,
     Scope,
     Specification,
-    Statistic,
     TensorContext,
 )
 
@@ -54,10 +53,6 @@ class Linear(Method[LinearCoefficients]):
                 f"the weights for tensor {context.name!r} sum to 0 and `normalize` divides by that sum; "
                 "change a `weight`, or set `normalize: false`"
             )
-
-    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """Nothing has to be known beforehand."""
-        return ()
 
     def coefficients(self, context: TensorContext, answers: Answers) -> LinearCoefficients:
         """Round the weights, and their sum, to the type that the sum is accumulated in."""

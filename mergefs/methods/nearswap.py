@@ -13,7 +13,6 @@ from mergefs.methods.contract import (
     Parameter,
     Scope,
     Specification,
-    Statistic,
     TensorContext,
 )
 
@@ -44,10 +43,6 @@ class NearSwap(Method[NearSwapCoefficients]):
         min_models=2,
         max_models=2,
     )
-
-    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """Nothing has to be known beforehand."""
-        return ()
 
     def coefficients(self, context: TensorContext, answers: Answers) -> NearSwapCoefficients:
         """Take the parameter as it is."""

@@ -11,7 +11,6 @@ from mergefs.methods.contract import (
     Parameter,
     Scope,
     Specification,
-    Statistic,
     TensorContext,
 )
 
@@ -35,10 +34,6 @@ class Passthrough(Method[PassthroughCoefficients]):
         base=BasePolicy.AS_INPUT,
         max_models=1,
     )
-
-    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """Nothing has to be known beforehand."""
-        return ()
 
     def coefficients(self, context: TensorContext, answers: Answers) -> PassthroughCoefficients:
         """Take the scale as it is."""

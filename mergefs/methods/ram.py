@@ -13,7 +13,6 @@ from mergefs.methods.contract import (
     Parameter,
     Scope,
     Specification,
-    Statistic,
     TensorContext,
 )
 
@@ -42,10 +41,6 @@ class Ram(Method[RamCoefficients]):
         parameters=(_EPSILON,),
         base=BasePolicy.REQUIRED,
     )
-
-    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """Nothing has to be known beforehand."""
-        return ()
 
     def coefficients(self, context: TensorContext, answers: Answers) -> RamCoefficients:
         """Round epsilon to the compute dtype, which it is compared in."""

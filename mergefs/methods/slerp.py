@@ -11,7 +11,7 @@ from mergefs.methods.contract import (
     Answers,
     BasePolicy,
     Block,
-    InnerProduct,
+    ElementSum,
     Method,
     Parameter,
     RawRun,
@@ -52,7 +52,7 @@ class Slerp(Method[SlerpCoefficients]):
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """Both norms and the inner product."""
         base, other = self._pair(context)
-        return (InnerProduct(base, base), InnerProduct(other, other), InnerProduct(base, other))
+        return (inner_product(base, base), inner_product(other, other), inner_product(base, other))
 
     @staticmethod
     def _pair(context: TensorContext) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class Slerp(Method[SlerpCoefficients]):
         base, other = self._pair(context)
 
         def inner(first: int, second: int) -> float:
-            return answers.number(InnerProduct(first, second))
+            return answers.number(inner_product(first, second))
 
         kind = Precision(context.compute).carrier
         norms = [math.sqrt(inner(model, model)) for model in (base, other)]
@@ -110,3 +110,13 @@ class Slerp(Method[SlerpCoefficients]):
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """About t for the other model: the angle between fine-tunes of one base is small."""
         return tuple(0.0 if m == context.base else context.number("t") for m in range(context.models))
+
+
+def inner_product(first: int, second: int) -> ElementSum:
+    """Ask for the inner product of two inputs over a whole tensor."""
+    return ElementSum("inner product", (first, second), _products)
+
+
+def _products(block: Block, precision: Precision) -> Array:
+    """Return the products of two inputs, exact for all types but F64."""
+    return block.inputs[0].astype(np.float64) * block.inputs[1]

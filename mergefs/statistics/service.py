@@ -1,7 +1,6 @@
 """Answers the statistics that a method asks for: from the catalog, or by gathering them once, however many wait."""
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from mergefs.methods.contract import (
     Answer,
     Answers,
     ElementSum,
-    InnerProduct,
     MagnitudeRescale,
     MagnitudeThreshold,
     Method,
@@ -26,7 +24,6 @@ from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
 from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import digest, tensor_keys
-from mergefs.statistics.inner_products import inner_product
 from mergefs.statistics.pair import Location, TensorPair
 
 
@@ -81,7 +78,7 @@ class StatisticsService:
             looked_at = tuple(places[model] for model in statistic.models)
             argument = " ".join((statistic.name, *map(repr, statistic.arguments)))
             keys = self._keys("sum", looked_at, compute, argument)
-            known = next((value for key in keys if (value := self._catalog.number(key)) is not None), None)
+            known = self._known_number(keys)
             if known is None:
                 missing[statistic] = keys[0]
             else:
@@ -95,38 +92,26 @@ class StatisticsService:
 
     def _answer(
         self,
-        statistic: MagnitudeThreshold | MagnitudeRescale | InnerProduct,
+        statistic: MagnitudeThreshold | MagnitudeRescale,
         inputs: tuple[Location, ...],
         base: int | None,
         compute: DType,
     ) -> Answer:
         """Return one answer."""
-        if isinstance(statistic, InnerProduct):
-            first, second = inputs[statistic.first], inputs[statistic.second]
-            return self._number(
-                "inner product",
-                (first, second),
-                compute,
-                0,
-                lambda: inner_product(first, second, compute, self._reader),
-            )
         if base is None:
             raise ValueError("a delta needs a base")
         pair = TensorPair(inputs[statistic.model], inputs[base], compute, self._reader)
         limit = self._threshold(pair, statistic.keep)
         if isinstance(statistic, MagnitudeThreshold):
             return limit
-        if isinstance(statistic, MagnitudeRescale):
-            return self._number(
-                "rescale",
-                (pair.expert, pair.base),
-                compute,
-                f"{statistic.keep} {statistic.beyond}",
-                lambda: thresholds.rescale_factor(
-                    pair, limit, self._threshold(pair, statistic.beyond) if statistic.beyond else None
-                ),
-            )
-        raise TypeError(f"no way to gather {statistic!r}")
+        keys = self._keys("rescale", (pair.expert, pair.base), compute, f"{statistic.keep} {statistic.beyond}")
+        known = self._known_number(keys)
+        if known is not None:
+            return known
+        outliers = self._threshold(pair, statistic.beyond) if statistic.beyond else None
+        value = thresholds.rescale_factor(pair, limit, outliers)
+        self._catalog.keep_number(keys[0], value)
+        return value
 
     def _keys(self, kind: str, places: tuple[Location, ...], compute: DType, argument: int | str) -> list[bytes]:
         """Return the keys that a statistic may be kept under, the best first."""
@@ -135,18 +120,9 @@ class StatisticsService:
         local = tuple(keys[-1] for keys in options)
         return [digest(kind, compute.name, argument, *keys) for keys in dict.fromkeys((best, local))]
 
-    def _number(
-        self, kind: str, places: tuple[Location, ...], compute: DType, argument: int | str, gather: Callable[[], float]
-    ) -> float:
-        """Return a statistic that is one number."""
-        keys = self._keys(kind, places, compute, argument)
-        for key in keys:
-            known = self._catalog.number(key)
-            if known is not None:
-                return known
-        value = gather()
-        self._catalog.keep_number(keys[0], value)
-        return value
+    def _known_number(self, keys: list[bytes]) -> float | None:
+        """Return a number that the catalog has under one of ``keys``, or None."""
+        return next((value for key in keys if (value := self._catalog.number(key)) is not None), None)
 
     def _threshold(self, pair: TensorPair, keep: int) -> Threshold:
         """Return the threshold of one expert's delta."""
