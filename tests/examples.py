@@ -24,6 +24,7 @@ METHODS: Final[dict[str, Merge]] = {
     "della_linear": Merge(
         "della_linear", ({"weight": 0.7, "density": 0.6, "epsilon": 0.3}, {"weight": 0.4, "density": 0.3})
     ),
+    "model_stock": Merge("model_stock", ({}, {})),
     "nearswap": Merge("nearswap", ({},), {"t": 0.001}),
     "ram": Merge("ram", ({}, {}), {"epsilon": 1e-4}),
     "slerp": Merge("slerp", ({},), {"t": 0.3}),

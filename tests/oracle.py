@@ -17,7 +17,7 @@ import torch
 from mergekit import sparsify
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
-from mergekit.merge_methods import generalized_task_arithmetic, slerp
+from mergekit.merge_methods import generalized_task_arithmetic, model_stock, slerp
 from mergekit.options import MergeOptions
 from tensors import Tensors, load_model
 
@@ -215,6 +215,35 @@ def exact_angles() -> Iterator[None]:
         yield
 
 
+# The angles of model_stock
+
+
+def _exact_norm(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    return values.double().norm(**options).to(values.dtype)
+
+
+_SUM = torch.Tensor.sum
+
+
+def _exact_sum(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    return _SUM(values.double(), **options).to(values.dtype)
+
+
+def _exact_mean(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.mean(values.double(), **options).to(values.dtype)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Let mergekit's model_stock take norms, inner products and means in float64 and round them once."""
+    with (
+        _replaced(model_stock, "torch", _TorchBut(norm=_exact_norm)),
+        _replaced(torch.Tensor, "sum", _exact_sum),
+        _replaced(torch.Tensor, "mean", _exact_mean),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
     """Fix everything of ``method`` that mergekit leaves open."""
@@ -226,6 +255,8 @@ def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
             stack.enter_context(our_random_masks(seed))
         elif method in ("della", "della_linear"):
             stack.enter_context(our_random_masks(seed, exact_ratio=True))
+        elif method == "model_stock":
+            stack.enter_context(exact_products())
         elif method == "slerp":
             stack.enter_context(exact_angles())
         yield

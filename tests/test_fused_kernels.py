@@ -338,7 +338,7 @@ def test_dtypes_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_names_kernels_that_there_are(name: str) -> None:
     prepare(METHODS[name].kernels(), [F32])
-    assert METHODS[name].kernels() or name in ("della", "della_linear", "nearswap", "ram", "passthrough")
+    assert METHODS[name].kernels() or name in ("della", "della_linear", "model_stock", "nearswap", "ram", "passthrough")
 
 
 def run_python(code: str, cache: Path, **variables: str) -> str:

@@ -124,6 +124,11 @@ def ranked_cases(method: str) -> dict[str, Merge]:
 
 
 NEARSWAP_CASES = {f"nearswap at {t}": Merge("nearswap", ({},), {"t": t}) for t in (0, 1e-7, 0.01, 5)}
+STOCK_CASES = {
+    f"model_stock of {count}{' by rows' * rows}": Merge("model_stock", ({},) * count, {"filter_wise": rows})
+    for count in (2, 3, 4)
+    for rows in (False, True)
+}
 RAM_CASES = {
     f"ram of {count} with {shared}": Merge("ram", ({},) * count, shared)
     for count, shared in ((1, {}), (3, {"epsilon": 0.01}), (4, {"epsilon": 0.0}))
@@ -146,6 +151,7 @@ CASES = {
     **ranked_cases("della_linear"),
     **NEARSWAP_CASES,
     **RAM_CASES,
+    **STOCK_CASES,
     **SLERP_CASES,
     **PASSTHROUGH_CASES,
 }

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from mergefs.methods.contract import Method, Specification
 from mergefs.methods.linear import Linear
+from mergefs.methods.model_stock import ModelStock
 from mergefs.methods.nearswap import NearSwap
 from mergefs.methods.passthrough import Passthrough
 from mergefs.methods.ram import Ram
@@ -30,6 +31,7 @@ _METHODS: Final[tuple[Method[Any], ...]] = (
     BREADCRUMBS_TIES,
     DELLA,
     DELLA_LINEAR,
+    ModelStock(),
     NearSwap(),
     Ram(),
     Passthrough(),

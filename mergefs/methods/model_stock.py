@@ -1,0 +1,149 @@
+"""Model Stock (Jang et al. 2024, arXiv 2403.19522): how far to go from the base to the experts' mean, from angles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+
+import numpy as np
+
+from mergefs.errors import RecipeError
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    LONGEST_ROW,
+    Answers,
+    BasePolicy,
+    Block,
+    ElementSum,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+)
+
+_SMALLEST_PRODUCT = 1e-6
+_SINGULAR = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStockCoefficients:
+    """How much of the experts' mean enters, or None where each row of ``row`` elements has a share of its own."""
+
+    base: int
+    experts: tuple[int, ...]
+    row: int
+    share: float | None
+
+
+class ModelStock(Method[ModelStockCoefficients]):
+    """``t * mean(x) + (1 - t) * base``, where ``t`` follows from the mean cosine between the experts' deltas."""
+
+    specification = Specification(
+        name="model_stock",
+        title="Model Stock",
+        reference="https://arxiv.org/abs/2403.19522",
+        summary="Goes from the base towards the experts' mean, as far as the angles between their deltas say.",
+        parameters=(Parameter("filter_wise", "bool", Scope.GLOBAL, "take the angles row by row", default=False),),
+        base=BasePolicy.REQUIRED,
+        min_models=3,
+    )
+
+    def check(self, context: TensorContext) -> None:
+        """Refuse rows that are too long to be seen whole."""
+        if context.shared["filter_wise"] and context.row > LONGEST_ROW:
+            raise RecipeError(
+                f"tensor {context.name!r} has rows of {context.row} elements, and `filter_wise` takes rows of at most "
+                f"{LONGEST_ROW}; set `filter_wise: false`"
+            )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """The norms of the deltas and their products; none where each row has its own, for a kernel sees whole rows."""
+        if context.shared["filter_wise"]:
+            return ()
+        return (*_norms(context), *_products(context))
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> ModelStockCoefficients:
+        """Turn the angles of the whole tensor into a share, by the steps of rounding that torch takes."""
+        if context.base is None:
+            raise ValueError("model_stock needs a base")
+        share: float | None = None
+        if not context.shared["filter_wise"]:
+            precision = Precision(context.compute)
+            sums = [[np.array([answers.number(w)]) for w in wanted] for wanted in (_norms(context), _products(context))]
+            share = float(_share(sums[0], sums[1], precision)[0])
+        return ModelStockCoefficients(context.base, context.experts, context.row, share)
+
+    def grain(self, coefficients: ModelStockCoefficients) -> int:
+        """Return a row where each has a share of its own."""
+        return coefficients.row if coefficients.share is None else 1
+
+    def reference(self, block: Block, coefficients: ModelStockCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step as torch does in the compute dtype."""
+        base = block.inputs[coefficients.base]
+        experts = [block.inputs[model] for model in coefficients.experts]
+        share: Array = np.array([coefficients.share], dtype=base.dtype)
+        if coefficients.share is None:
+            share = np.repeat(_share_of_rows(base, experts, coefficients.row, precision), coefficients.row)
+        # From zero, as Python's sum begins: it makes a positive zero of a negative one.
+        total = reduce(lambda first, second: precision.round(first + second), experts, np.zeros_like(base))
+        mean = precision.round(total / base.dtype.type(len(experts)))
+        rest = precision.round(base.dtype.type(1) - share)
+        return precision.round(precision.round(share * mean) + precision.round(rest * base))
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """At most one part of the mean."""
+        part = 1.0 / len(context.experts)
+        return tuple(0.0 if model == context.base else part for model in range(context.models))
+
+
+def _norms(context: TensorContext) -> list[ElementSum]:
+    """Ask for the squared norm of each expert's delta."""
+    return [ElementSum("delta squares", (model, context.base or 0), _squares_of_block) for model in context.experts]
+
+
+def _products(context: TensorContext) -> list[ElementSum]:
+    """Ask for the inner product of each pair of deltas, of elements that are rounded as torch rounds them."""
+    pairs = combinations(context.experts, 2)
+    return [ElementSum("delta products", (*pair, context.base or 0), _products_of_block) for pair in pairs]
+
+
+def _squares_of_block(block: Block, precision: Precision) -> Array:
+    delta = precision.round(block.inputs[0] - block.inputs[1]).astype(np.float64)
+    return delta * delta
+
+
+def _products_of_block(block: Block, precision: Precision) -> Array:
+    first, second = (precision.round(values - block.inputs[2]) for values in block.inputs[:2])
+    return precision.round(first * second)
+
+
+def _share_of_rows(base: Array, experts: Sequence[Array], row: int, precision: Precision) -> Array:
+    """Return the share of each row of a block."""
+    deltas = [precision.round(expert - base).reshape(-1, row) for expert in experts]
+    squares = [(delta.astype(np.float64) ** 2).sum(axis=1) for delta in deltas]
+    products = [
+        precision.round(first * second).astype(np.float64).sum(axis=1) for first, second in combinations(deltas, 2)
+    ]
+    return _share(squares, products, precision)
+
+
+def _share(squares: Sequence[Array], products: Sequence[Array], precision: Precision) -> Array:
+    """Return how much of the mean enters, from squared norms and from inner products of each pair, in float64.
+
+    The share is 0 where no finite one follows from the angles.
+    """
+    kind = precision.carrier
+    count = len(squares)
+    norms = [precision.round(np.sqrt(square).astype(kind)) for square in squares]
+    total: Array = np.zeros(squares[0].shape, dtype=np.float64)
+    for (first, second), product in zip(combinations(norms, 2), products, strict=True):
+        length = np.maximum(precision.round(first * second), precision.scalar(_SMALLEST_PRODUCT))
+        cosine = np.clip(precision.round(precision.round(product.astype(kind)) / length), -1, 1)
+        total = total + cosine
+    cosine = precision.round((total / len(products)).astype(kind))
+    denominator = precision.round(kind(1) + precision.round(kind(count - 1) * cosine))
+    singular = np.abs(denominator) < precision.scalar(_SINGULAR)
+    share = precision.round(precision.round(kind(count) * cosine) / np.where(singular, kind(1), denominator))
+    return np.where(singular, kind(0), share)
