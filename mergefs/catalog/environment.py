@@ -38,7 +38,7 @@ class Environment:
         self._path = path
         self._condition = threading.Condition()
         self._active = 0
-        self._growing = False
+        self._growers = 0
         try:
             path.mkdir(parents=True, exist_ok=True)
             _allocate(path / "lock.mdb", _LOCK_FILE_SIZE)
@@ -87,17 +87,30 @@ class Environment:
     def write(self, puts: Sequence[Put]) -> None:
         """Apply ``puts`` in one durable transaction: all of them or none."""
         while True:
+            announced = False
             try:
                 with self._transaction(write=True) as transaction:
-                    for table, key, value in puts:
-                        if value is None:
-                            transaction.delete(key, db=self._tables[table])
-                        else:
-                            transaction.put(key, value, db=self._tables[table])
+                    try:
+                        self._apply(puts, transaction)
+                    except lmdb.MapFullError:
+                        # Before the transaction is given up: giving up waits for readers, who never stop coming.
+                        self._announce_growth()
+                        announced = True
+                        raise
                 break
             except lmdb.MapFullError:
+                if not announced:
+                    self._announce_growth()
                 self._grow(double=True)
         self._extend()
+
+    def _apply(self, puts: Sequence[Put], transaction: Any) -> None:
+        """Put and delete within a transaction."""
+        for table, key, value in puts:
+            if value is None:
+                transaction.delete(key, db=self._tables[table])
+            else:
+                transaction.put(key, value, db=self._tables[table])
 
     def close(self) -> None:
         """Close the environment."""
@@ -122,12 +135,13 @@ class Environment:
         """Begin a transaction; where another process has grown the map, follow it first."""
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: not self._growing)
+                self._condition.wait_for(lambda: self._growers == 0)
                 self._active += 1
             try:
                 return self._lmdb.begin(write=write)
             except lmdb.MapResizedError:
                 self._leave()
+                self._announce_growth()
                 self._grow(double=False)
             except BaseException:
                 self._leave()
@@ -139,11 +153,14 @@ class Environment:
             self._active -= 1
             self._condition.notify_all()
 
+    def _announce_growth(self) -> None:
+        """Let no transaction begin until ``_grow``, which must follow, is done."""
+        with self._condition:
+            self._growers += 1
+
     def _grow(self, double: bool) -> None:
         """Double the map, or take over the size that another process gave it."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._growing)
-            self._growing = True
             self._condition.wait_for(lambda: self._active == 0)
             try:
                 size = int(self._lmdb.info()["map_size"]) * 2
@@ -153,7 +170,7 @@ class Environment:
                     )
                 self._lmdb.set_mapsize(size if double else 0)
             finally:
-                self._growing = False
+                self._growers -= 1
                 self._condition.notify_all()
 
     def _file_sizes(self) -> tuple[int, int]:
