@@ -30,6 +30,7 @@ from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
 from mergefs.errors import BudgetError
 from mergefs.mount.mountinfo import all_mounts, find_mount
+from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.plan import MergePlan, Role
 from mergefs.recipe.model import load_recipe
@@ -283,12 +284,14 @@ def test_more_budget_never_costs_more_than_it_is_nor_predicts_a_larger_error(
     plans = [small.plan(name, str(budget)) for budget in budgets]
     for budget, plan in zip(budgets, plans, strict=True):
         assert plan.outcome.expert_bytes_planned <= budget
-        assert plan.outcome.budget_bytes == budget
+        assert plan.outcome.budget_bytes == (budget if budget < total else None)
     errors = [plan.outcome.predicted_relative_error for plan in plans]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
     assert (errors[0] <= 1.0) and (errors[-1] >= 0.0)
     for first, second in itertools.pairwise(plans):
-        assert (first.plan_id == second.plan_id) == (purchases(first) == purchases(second))
+        same = first.outcome.budget_bytes == second.outcome.budget_bytes
+        assert (first.plan_id == second.plan_id) is same
+        assert not same or purchases(first) == purchases(second)
 
 
 @given(share=st.floats(0, 100, allow_nan=False))
@@ -432,8 +435,7 @@ def assert_within_budget(analysed: Analysed, name: str, budget: str, trace: Trac
     experts = analysed.expert_files(name)
     headers = analysed.header_bytes(name)
     read = trace.total(experts)
-    assert plan.outcome.budget_bytes is not None
-    assert read <= plan.outcome.budget_bytes + headers
+    assert read <= parse_budget(budget).limit(plan.outcome.expert_bytes_total) + headers
     assert read == plan.outcome.expert_bytes_planned + headers
     assert trace.mapped.isdisjoint(path.resolve() for path in experts)
 
