@@ -491,25 +491,38 @@ def whole_pages(path: Path) -> int:
     return -(-path.stat().st_size // PAGE) * PAGE
 
 
+def faults_from_disk(pid: int) -> int:
+    """Return how often a process has waited for a page of its own code or data (``majflt`` of proc(5))."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[9])
+
+
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
 def test_the_disk_reads_only_the_pages_of_bought_blocks(large: Analysed, tmp_path: Path, name: str) -> None:
-    plan = large.plan(name, "25%")
-    experts = large.expert_files(name)
+    """Pages of the server's own code count for it as well, so a reading during which it missed one is repeated."""
     base = [shard.path for shard in open_checkpoint(large.family.base).shards]
-    allowed = pages_of_bought_blocks(plan) + sum(map(whole_pages, base))
-    assert allowed <= plan.outcome.expert_bytes_planned + 2 * PAGE * plan.outcome.blocks_selected + sum(
-        map(whole_pages, base)
-    )
-
-    # Reading a sibling first brings in all pages of the server's own code.
-    sibling = write_recipe(tmp_path / "sibling.yml", replace(MERGES[name], per_expert=({"weight": 0.2},)), large.family)
-    recipe, mountpoint = large.recipe(name), tmp_path / "mnt"
+    experts = large.expert_files(name)
+    first, second = MERGES[name].per_expert
+    recipes = []
+    for number in range(8):
+        merge = replace(MERGES[name], per_expert=({**first, "weight": 0.5 + number / 100}, second))
+        recipes.append(write_recipe(tmp_path / f"{number}.yml", merge, large.family))
+    clean = 0
     with mounted_recipes(
-        sibling, recipe, mountpoint=mountpoint, state=tmp_path, options=["--budget", "25%"], extra=large.extra
+        *recipes, mountpoint=tmp_path / "mnt", state=tmp_path, options=["--budget", "25%"], extra=large.extra
     ) as mount:
-        read_all(mountpoint / sibling.stem)
-        drop_from_page_cache([*experts, *base])
-        before = bytes_from_disk(mount.pid)
-        read_all(mountpoint / recipe.stem)
-        read = bytes_from_disk(mount.pid) - before
-    assert plan.outcome.expert_bytes_planned + plan.outcome.base_bytes <= read <= allowed
+        for recipe in recipes:
+            with Catalog(large.catalog) as catalog:
+                plan = make_plan(load_recipe(recipe), PlanOptions("25%"), catalog)
+            allowed = pages_of_bought_blocks(plan) + sum(map(whole_pages, base))
+            needed = plan.outcome.expert_bytes_planned + plan.outcome.base_bytes
+            # A block may touch one page more at each of its ends.
+            assert allowed <= needed + 2 * PAGE * plan.outcome.blocks_selected + 2 * PAGE * len(base)
+            drop_from_page_cache([*experts, *base])
+            faults, before = faults_from_disk(mount.pid), bytes_from_disk(mount.pid)
+            read_all(tmp_path / "mnt" / recipe.stem)
+            read = bytes_from_disk(mount.pid) - before
+            assert read >= needed, "the cache was not cold"
+            if faults_from_disk(mount.pid) == faults:
+                clean += 1
+                assert read <= allowed
+    assert clean, "the server missed pages of its own in each reading"
