@@ -377,6 +377,13 @@ def test_a_mount_point_in_a_source(workspace: Workspace, real_refusal: Refusal) 
     assert f"{workspace.expert / 'mnt'} lies inside the source {workspace.expert}" in sentence
 
 
+def test_a_mount_point_that_would_hide_the_catalog(workspace: Workspace, real_refusal: Refusal) -> None:
+    catalog = workspace.mountpoint / "catalog"
+    sentence = real_refusal("--catalog", catalog, "mount", workspace.recipe, workspace.mountpoint)
+    assert f"the catalog {catalog} lies inside the mount point {workspace.mountpoint}" in sentence
+    assert not catalog.exists()
+
+
 # The catalog ----------------------------------------------------------------------------------------------------------
 
 

@@ -42,17 +42,21 @@ def command(
     """
     from mergefs.mount.daemon import MountOptions, refuse_sources_inside, serve
     from mergefs.mount.mountinfo import resolve_mountpoint
+    from mergefs.mount.mountpoint import refuse_catalog_inside
 
     target = resolve_mountpoint(mountpoint)
     paths = tuple(absolute(recipe) for recipe in recipes)
 
     def build() -> "Tree":
         """Build the tree; called in the process that serves it, because what this imports must not be forked."""
+        from mergefs.catalog import default_location
         from mergefs.cli.progress import progress
         from mergefs.mount.build import BuildOptions, build_tree, source_paths
 
+        catalog = settings.catalog or default_location()
+        refuse_catalog_inside(target, catalog)
         options = BuildOptions(
-            catalog=settings.catalog,
+            catalog=catalog,
             budget=budget,
             base=base,
             random_seed=random_seed,

@@ -2,6 +2,8 @@
 
 import filecmp
 import gc
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from mergefs.demo.evaluation import generate_line, perplexity
 from mergefs.demo.imports import import_transformers
 from mergefs.demo.mounted import mount_status, mounted
 from mergefs.demo.recipes import DemoRecipe, write_recipes
-from mergefs.demo.training import Family, FamilyOptions, train_family
+from mergefs.demo.training import FamilyOptions, train_family
 from mergefs.engine.resources import Resources
 from mergefs.errors import VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME
@@ -71,7 +73,7 @@ def run_demo(directory: Path, catalog: Path | None) -> None:
     _say("5. writing the winner to disk and comparing every file with the mount")
     _write_and_compare(recipes[0], place)
     _say(f"done in {time.monotonic() - started:.0f} s. Try it yourself:\n")
-    _show_next_steps(place, family, recipes)
+    _show_next_steps(place, recipes)
 
 
 def _say(text: str) -> None:
@@ -141,14 +143,15 @@ def _write_and_compare(recipe: DemoRecipe, place: Workplace) -> None:
     click.echo(f"   {len(shown)} files, {format_size(result.bytes_written)}, equal to the mount byte for byte")
 
 
-def _show_next_steps(place: Workplace, family: Family, recipes: Sequence[DemoRecipe]) -> None:
+def _show_next_steps(place: Workplace, recipes: Sequence[DemoRecipe]) -> None:
     """Print commands to go on with."""
-    python = family.base.parent.parent
-    catalog = f"--catalog {place.catalog} "
-    click.echo(f"  mergefs {catalog}mount {recipes[0].path.parent} {place.mountpoint}")
+    # In a virtual environment that is not active, the command has no short name.
+    program = "mergefs" if shutil.which("mergefs") else sys.argv[0]
+    ours = f"{program} --catalog {place.catalog}"
+    click.echo(f"  {ours} mount {recipes[0].path.parent} {place.mountpoint}")
     click.echo(f"  ls -lR {place.mountpoint}")
-    click.echo(f"  mergefs {catalog}status")
-    click.echo(f"  mergefs umount {place.mountpoint}")
-    click.echo(f"  mergefs {catalog}plan {recipes[1].path} --budget 10%")
-    click.echo(f"  mergefs verify {place.written}")
-    click.echo(f"\nEverything is below {python}; remove that directory when you have seen enough.")
+    click.echo(f"  {ours} status")
+    click.echo(f"  {program} umount {place.mountpoint}")
+    click.echo(f"  {ours} plan {recipes[1].path} --budget 10%")
+    click.echo(f"  {program} verify {place.written}")
+    click.echo(f"\nEverything is below {place.directory}; remove that directory when you have seen enough.")

@@ -73,6 +73,15 @@ def check_device() -> None:
         raise MountError(f"cannot open {_DEVICE} ({error.strerror}): {remedy}; {WITHOUT_FUSE}") from error
 
 
+def refuse_catalog_inside(mountpoint: Path, catalog: Path) -> None:
+    """Refuse a mount that would hide the catalog, which is written to as long as the mount lasts. Raises MountError."""
+    if Path(os.path.realpath(catalog)).is_relative_to(os.path.realpath(mountpoint)):
+        raise MountError(
+            f"the catalog {catalog} lies inside the mount point {mountpoint}, which would hide it; name another "
+            "directory with --catalog, or mount elsewhere"
+        )
+
+
 def refuse_sources_inside(mountpoint: Path, sources: Iterable[Path]) -> None:
     """Refuse a mount that would hide its own sources, or that would lie among them.
 
