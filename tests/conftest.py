@@ -17,6 +17,24 @@ os.environ |= {
 import pytest
 from checkpoints import Family, family
 from examples import Families, FamilyKind
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says more about the machine than about the code. In CI the examples are always the same.
+settings.register_profile(
+    "mergefs",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("mergefs")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a run fail in CI that has skipped something: there, everything must be tested."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
+        reporter.write_line("tests were skipped, which must not be in CI", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
