@@ -52,12 +52,15 @@ class Workplace:
         return self.directory / "merged"
 
 
-def run_demo(directory: Path, catalog: Path | None) -> None:
-    """Run the whole demo below ``directory``; a family that was trained there before is used again."""
+def run_demo(directory: Path, catalog: Path | None, options: FamilyOptions | None = None) -> None:
+    """Run the whole demo below ``directory``; a family that was trained there before is used again.
+
+    ``options`` say how large the models are and how long they are trained.
+    """
     started = time.monotonic()
     place = Workplace(directory, catalog or directory / "catalog")
     domains = load_domains()
-    options = FamilyOptions()
+    options = options or FamilyOptions()
     _say(f"1. training a family in {directory}: a base, and an expert for each of {_listed(domains)}")
     with training_progress() as report:
         family = train_family(directory / "models", options, domains, report)
