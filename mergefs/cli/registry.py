@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "plan": Entry("mergefs.cli.plan", "command", "Show what a recipe reads and what it costs."),
     "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
     "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),
+    "methods": Entry("mergefs.cli.methods", "command", "List the merge methods, or explain one."),
     "catalog": Entry("mergefs.cli.catalog", "command", "Look into the catalog."),
     "demo": Entry("mergefs.cli.demo", "command", "Train a small family, merge it, mount it, and measure it."),
 }
