@@ -26,6 +26,7 @@ METHODS: Final[dict[str, Merge]] = {
     ),
     "model_stock": Merge("model_stock", ({}, {})),
     "nearswap": Merge("nearswap", ({},), {"t": 0.001}),
+    "ramplus_tl": Merge("ramplus_tl", ({}, {}), {"epsilon": 1e-2, "r": 0.7, "alpha": 2.0}),
     "ram": Merge("ram", ({}, {}), {"epsilon": 1e-4}),
     "slerp": Merge("slerp", ({},), {"t": 0.3}),
     "passthrough": Merge("passthrough", ({"scale": 0.7},), with_base=False),

@@ -25,10 +25,16 @@ EVERY_METHOD = pytest.mark.parametrize("merge", METHODS.values(), ids=METHODS)
 
 
 def assert_equal_to_mergekit(directory: Path, document: Mapping[str, Any]) -> None:
-    """Demand the same tensors, shapes, dtypes and bits."""
+    """Demand the same tensors, shapes, dtypes and bits.
+
+    ramplus_tl is written by mergekit as float32 where no dtype says otherwise; ours has the dtype of its inputs.
+    """
     with nothing_left_to_chance(document["merge_method"]):
         theirs = mergekit_merge(document)
-    assert differing(merge_by_mergefs(directory, document), theirs) == {}
+    ours = merge_by_mergefs(directory, document)
+    if document["merge_method"] == "ramplus_tl":
+        theirs = {name: tensor.to(ours[name].dtype) for name, tensor in theirs.items()}
+    assert differing(ours, theirs) == {}
 
 
 def all_kinds() -> list[FamilyKind]:
@@ -124,6 +130,10 @@ def ranked_cases(method: str) -> dict[str, Merge]:
 
 
 NEARSWAP_CASES = {f"nearswap at {t}": Merge("nearswap", ({},), {"t": t}) for t in (0, 1e-7, 0.01, 5)}
+RAM_PLUS_CASES = {
+    f"ramplus_tl of {count} with {shared}": Merge("ramplus_tl", ({},) * count, shared)
+    for count, shared in ((1, {}), (2, {"epsilon": 0.01, "r": 0.5}), (4, {"alpha": 3.0, "r": 2.0, "epsilon": 0.02}))
+}
 STOCK_CASES = {
     f"model_stock of {count}{' by rows' * rows}": Merge("model_stock", ({},) * count, {"filter_wise": rows})
     for count in (2, 3, 4)
@@ -151,6 +161,7 @@ CASES = {
     **ranked_cases("della_linear"),
     **NEARSWAP_CASES,
     **RAM_CASES,
+    **RAM_PLUS_CASES,
     **STOCK_CASES,
     **SLERP_CASES,
     **PASSTHROUGH_CASES,

@@ -1,21 +1,27 @@
 """Reinforced Agent Merging (arXiv 2601.13572): what one expert changed stays, what several changed is averaged."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.precision import Array, Precision
 from mergefs.methods.contract import (
     Answers,
     BasePolicy,
     Block,
+    ElementSum,
     Method,
     Parameter,
     Scope,
     Specification,
+    Statistic,
     TensorContext,
 )
 
+_REFERENCE = "https://arxiv.org/abs/2601.13572"
 _EPSILON = Parameter(
     "epsilon", "float", Scope.GLOBAL, "a delta counts as a change where it is larger", default=1e-5, minimum=0.0
 )
@@ -23,11 +29,24 @@ _EPSILON = Parameter(
 
 @dataclass(frozen=True, slots=True)
 class RamCoefficients:
-    """Which inputs are the base and the experts, and from which size on a delta is a change."""
+    """Which inputs are the base and the experts, and from which size on a delta is a change.
+
+    ``boosts`` are the float32 factors of what each expert changed alone; None where it enters as it is.
+    """
 
     base: int
     experts: tuple[int, ...]
     epsilon: float
+    boosts: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What each expert changed in a run, alone and with others; 0 elsewhere. ``divisor`` counts who changed it."""
+
+    alone: tuple[Array, ...]
+    shared: tuple[Array, ...]
+    divisor: Array
 
 
 class Ram(Method[RamCoefficients]):
@@ -36,7 +55,7 @@ class Ram(Method[RamCoefficients]):
     specification = Specification(
         name="ram",
         title="Reinforced Agent Merging",
-        reference="https://arxiv.org/abs/2601.13572",
+        reference=_REFERENCE,
         summary="Keeps what one expert alone changed, and averages what several changed.",
         parameters=(_EPSILON,),
         base=BasePolicy.REQUIRED,
@@ -54,17 +73,97 @@ class Ram(Method[RamCoefficients]):
         base = block.inputs[coefficients.base]
         if not coefficients.experts:
             return base
-        deltas = [precision.round(block.inputs[model] - base) for model in coefficients.experts]
-        active = [(np.abs(delta) > coefficients.epsilon).astype(base.dtype) for delta in deltas]
-        count: Array = np.sum(active, axis=0, dtype=base.dtype)
-        alone, shared = (count == 1).astype(base.dtype), (count > 1).astype(base.dtype)
-        divisor = precision.round(np.maximum(count, base.dtype.type(1)))
+        changes = _changes(base, [block.inputs[m] for m in coefficients.experts], coefficients.epsilon, precision)
         total: Array = np.zeros_like(base)
-        for delta, counts in zip(deltas, active, strict=True):
-            changed = delta * counts
-            total = total + precision.round(changed * alone + precision.round(changed * shared / divisor))
+        for alone, shared in zip(changes.alone, changes.shared, strict=True):
+            total = total + precision.round(alone + precision.round(shared / changes.divisor))
         return precision.round(base + precision.round(total))
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """Between 1 (changed alone) and 1 / experts (changed by all)."""
         return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
+
+
+class RamPlus(Ram):
+    """Boosts what an expert changed alone, the more the larger the part is that it shares with others.
+
+    The boost is a float32, and from there on so is the sum: the result is rounded once, to the output dtype.
+    """
+
+    specification = Specification(
+        name="ramplus_tl",
+        title="Reinforced Agent Merging Plus (tensor-local)",
+        reference=_REFERENCE,
+        summary="As ram, with a boost for what one expert alone changed where it also shares much.",
+        parameters=(
+            Parameter("r", "float", Scope.GLOBAL, "how steeply the boost rises with the shared part", default=0.1),
+            Parameter("alpha", "float", Scope.GLOBAL, "largest shared part that counts", default=0.2, minimum=0.0),
+            _EPSILON,
+        ),
+        base=BasePolicy.REQUIRED,
+    )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """How many elements each expert changed, alone and with others."""
+        return tuple(count for pair in self._counts(context) for count in pair)
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> RamCoefficients:
+        """Turn the counts into a boost for each expert, by the float32 steps that torch takes."""
+        plain = super().coefficients(context, answers)
+        number = Precision(F32).carrier
+        boosts: list[float] = []
+        for alone, shared in self._counts(context):
+            least = np.maximum(number(answers.number(alone)), number(context.number("epsilon")))
+            part = np.clip(number(answers.number(shared)) / least, 0, number(context.number("alpha")))
+            boosts.append(float(number(1) + number(context.number("r")) * part))
+        return RamCoefficients(plain.base, plain.experts, plain.epsilon, tuple(boosts))
+
+    def result_dtype(self, compute: DType) -> DType:
+        """The boost makes float32 of the 16 bit types."""
+        return F32 if compute.bits == 16 else compute
+
+    def reference(self, block: Block, coefficients: RamCoefficients, precision: Precision) -> Array:
+        """Follow the formula; the mean of shared changes is still rounded to the compute dtype."""
+        base = block.inputs[coefficients.base]
+        if not coefficients.experts:
+            return base
+        changes = _changes(base, [block.inputs[m] for m in coefficients.experts], coefficients.epsilon, precision)
+        total: Array = np.zeros_like(base)
+        for alone, shared, boost in zip(changes.alone, changes.shared, coefficients.boosts or (), strict=True):
+            total = total + (alone * base.dtype.type(boost) + precision.round(shared / changes.divisor))
+        return base + total
+
+    def _counts(self, context: TensorContext) -> list[tuple[ElementSum, ElementSum]]:
+        """Ask for the number of elements that each expert changed alone, and with others."""
+        models = (*context.experts, *(() if context.base is None else (context.base,)))
+        epsilon = float(Precision(context.compute).scalar(context.number("epsilon")))
+
+        def count(kind: str, index: int) -> ElementSum:
+            terms = partial(_changed, index=index, alone=kind == "alone", epsilon=epsilon)
+            return ElementSum(f"changed {kind} by {index} of {len(models) - 1}", models, terms, (epsilon,))
+
+        return [(count("alone", index), count("shared", index)) for index in range(len(context.experts))]
+
+
+def _active(base: Array, experts: Sequence[Array], epsilon: float, precision: Precision) -> tuple[list[Array], Array]:
+    """Return the deltas, 0 where they are no change, and how many experts changed each element."""
+    deltas = [precision.round(expert - base) for expert in experts]
+    active = [(np.abs(delta) > epsilon).astype(base.dtype) for delta in deltas]
+    count: Array = np.sum(active, axis=0, dtype=base.dtype)
+    return [delta * changed for delta, changed in zip(deltas, active, strict=True)], count
+
+
+def _changes(base: Array, experts: Sequence[Array], epsilon: float, precision: Precision) -> _Changes:
+    """Return what each expert changed, alone and with others."""
+    deltas, count = _active(base, experts, epsilon, precision)
+    alone, shared = (count == 1).astype(base.dtype), (count > 1).astype(base.dtype)
+    divisor = precision.round(np.maximum(count, base.dtype.type(1)))
+    return _Changes(tuple(d * alone for d in deltas), tuple(d * shared for d in deltas), divisor)
+
+
+def _changed(block: Block, precision: Precision, index: int, alone: bool, epsilon: float) -> Array:
+    """Return 1 where the expert ``index`` changed an element, alone or with others; the base is the last input."""
+    *experts, base = block.inputs
+    deltas, count = _active(base, experts, epsilon, precision)
+    changed: Array = ((deltas[index] != 0) & ((count == 1) if alone else (count > 1))).astype(np.float32)
+    return changed

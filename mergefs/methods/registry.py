@@ -7,7 +7,7 @@ from mergefs.methods.linear import Linear
 from mergefs.methods.model_stock import ModelStock
 from mergefs.methods.nearswap import NearSwap
 from mergefs.methods.passthrough import Passthrough
-from mergefs.methods.ram import Ram
+from mergefs.methods.ram import Ram, RamPlus
 from mergefs.methods.slerp import Slerp
 from mergefs.methods.task_vector import (
     BREADCRUMBS,
@@ -34,6 +34,7 @@ _METHODS: Final[tuple[Method[Any], ...]] = (
     ModelStock(),
     NearSwap(),
     Ram(),
+    RamPlus(),
     Passthrough(),
 )
 METHODS: Final[dict[str, Method[Any]]] = {method.specification.name: method for method in _METHODS}
