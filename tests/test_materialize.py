@@ -266,6 +266,21 @@ def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest
     assert states() == ["aborted"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_asks_to_end_leaves_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(materialize_module, "write_files", lambda *_: os.kill(os.getpid(), number))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main(["materialize", str(recipe), str(tmp_path / "out")])
+    assert ended.value.code == 128 + number
+    assert sorted(tmp_path.iterdir()) == before
+    assert states() == ["aborted"]
+    assert signal.getsignal(number) is handler
+
+
 # Two at once ----------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ def command(
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json, print_pairs
     from mergefs.cli.progress import progress
+    from mergefs.cli.signals import ended_by_signals
     from mergefs.engine.resources import Resources
     from mergefs.materialize.materialize import materialize
     from mergefs.mount.build import expand_recipes
@@ -54,7 +55,7 @@ def command(
     for recipe, destination in zip(files, destinations, strict=True):
         resources = Resources.create(Catalog(settings.catalog or default_location()), _CACHE_SIZE)
         try:
-            with progress() as listener:
+            with ended_by_signals(), progress() as listener:
                 plan = make_plan(load_recipe(recipe), options, resources.catalog, resources.ledger, listener)
                 result = materialize(plan, destination, resources, overwrite, listener)
         finally:
