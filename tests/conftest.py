@@ -18,6 +18,7 @@ import pytest
 from checkpoints import Family, family
 from examples import Families, FamilyKind
 from hypothesis import HealthCheck, settings
+from mounting import clear_mounts_below
 
 # How long an example takes says more about the machine than about the code. In CI the examples are always the same.
 settings.register_profile(
@@ -83,3 +84,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
         return made[kind]
 
     return make
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which no test may leave a mount."""
+    yield tmp_path
+    assert clear_mounts_below(tmp_path) == []

@@ -7,14 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_tree import FILES, pattern
 from mounting import (
     DEADLINE,
-    clear_mounts_below,
     environment,
     fake_mount,
     foreground_mount,
@@ -32,13 +30,6 @@ from mergefs.mount import bindings, mountpoint
 from mergefs.mount.mountinfo import find_mount
 from mergefs.mount.mountpoint import check_mountpoint, refuse_sources_inside
 from mergefs.mount.unmount import unmount
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in which no test may leave a mount."""
-    yield tmp_path
-    assert clear_mounts_below(tmp_path) == []
 
 
 def assert_nothing_left(directory: Path) -> None:

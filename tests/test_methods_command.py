@@ -15,7 +15,9 @@ def test_every_method_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[
     assert all(one["summary"].endswith(".") and one["reference"].startswith("https://") for one in listed)
     assert main(["methods"]) == 0
     table = capsys.readouterr().out
-    assert all(f" {name} " in table for name in METHODS)
+    for name, method in METHODS.items():
+        # Where nobody looks at a terminal, no line is wrapped.
+        assert any(name in line.split() and method.specification.summary in line for line in table.splitlines())
 
 
 @pytest.mark.parametrize("name", METHODS)

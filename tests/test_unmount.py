@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from fake_tree import BIG_SIZE, FILES, pattern
 from mounting import (
     DEADLINE,
     Mount,
-    clear_mounts_below,
     fake_mount,
     holder,
     is_running,
@@ -28,14 +26,6 @@ from mounting import (
 from mergefs.errors import MountError
 from mergefs.mount.mountinfo import find_mount, state
 from mergefs.mount.unmount import unmount
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in which no test may leave a mount."""
-    yield tmp_path
-    assert clear_mounts_below(tmp_path) == []
-
 
 # -- by command -------------------------------------------------------------------------------------------------------
 

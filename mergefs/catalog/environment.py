@@ -202,7 +202,7 @@ class Environment:
             if time.monotonic() > deadline:
                 self._lmdb.close()
                 raise self._explain("opened", lmdb.CorruptedError(f"data.mdb has {size} bytes and needs {needed}"))
-            time.sleep(0.02)
+            time.sleep(0.02)  # another process may be extending it, which nothing announces
 
     def _explain(self, verb: str, error: Exception) -> CatalogError:
         """Return a sentence for an error of LMDB or of the file system."""

@@ -1,10 +1,13 @@
 """What commands print: tables for people, JSON for programs."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Final
 
 import click
+
+_UNBOUNDED: Final = 10_000
 
 
 def print_json(content: object) -> None:
@@ -30,11 +33,5 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
         table.add_column(name, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
     # Without a terminal there is no width to wrap at: a program or a file gets whole lines.
-    console.print(table, width=None if console.is_terminal else 10_000 if _long(rows) else None)
-
-
-def _long(rows: Sequence[Sequence[Any]]) -> bool:
-    """Return whether a row would not fit into the width that is assumed without a terminal."""
-    return any(sum(len(cell) + 2 for cell in row) > 80 for row in rows)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED).print(table)

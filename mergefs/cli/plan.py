@@ -74,7 +74,7 @@ def _json(plan: "MergePlan", analysis: int) -> dict[str, object]:
 
 def _experts(plan: "MergePlan") -> list[tuple["PlanInput", int, int]]:
     """Return each expert with its bytes and those that are bought."""
-    from mergefs.planner.plan import Role, block_bytes
+    from mergefs.planner.plan import Role
 
     rows = []
     for index, entry in enumerate(plan.inputs):
@@ -84,12 +84,8 @@ def _experts(plan: "MergePlan") -> list[tuple["PlanInput", int, int]]:
         for tensor in plan.tensors.values():
             if tensor.context is None:
                 continue
-            place = tensor.places[index].tensor
-            total += place.nbytes
-            if tensor.selection is None:
-                planned += place.nbytes
-            else:
-                planned += block_bytes(tensor.grid, tensor.selection.read[index], place.dtype.itemsize)
+            total += tensor.places[index].tensor.nbytes
+            planned += tensor.planned_bytes(index)
         rows.append((entry, total, planned))
     return rows
 

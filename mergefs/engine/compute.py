@@ -1,5 +1,6 @@
 """Runs a method's kernel over the bytes of one block."""
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +12,24 @@ from mergefs.methods.contract import Block, Method, RawRun
 
 _TILE: Final = 64 * 1024
 """Elements that a reference kernel works on at once: its intermediate arrays then stay in the CPU's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The arguments of ``run_kernel``."""
+
+    method: Method[Any]
+    coefficients: Any
+    inputs: tuple[tuple[Raw, DType], ...]
+    compute: DType
+    out: DType
+    start: int
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        raw, dtype = self.inputs[0]
+        return raw.size // dtype.itemsize
 
 
 def run_kernel(
@@ -27,62 +46,49 @@ def run_kernel(
     ``inputs`` are the bytes of the same run in each model, with their dtypes. The method's fused kernel is taken where
     there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN.
     """
+    run = _Run(method, coefficients, inputs, compute, out, start)
     merged: Raw | None = None
     if fused and out == compute and all(dtype == compute for _, dtype in inputs):
         merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
     elif fused and compute in FUSED_DTYPES:
-        merged = _run_converted(method, coefficients, inputs, compute, out, start)
-    return _run_reference(method, coefficients, inputs, compute, out, start) if merged is None else merged
+        merged = _run_converted(run)
+    return _run_reference(run) if merged is None else merged
 
 
-def _run_converted(
-    method: Method[Any],
-    coefficients: Any,
-    inputs: tuple[tuple[Raw, DType], ...],
-    compute: DType,
-    out: DType,
-    start: int,
-) -> Raw | None:
+def _run_converted(run: _Run) -> Raw | None:
     """Return what the method's fused kernel makes of inputs that are converted tile by tile; None if it has none."""
-    count = inputs[0][0].size // inputs[0][1].itemsize
+    count, compute, out = run.count, run.compute, run.out
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     # The same memory for every tile: fresh pages would cost more than the merge.
-    buffers: Raw = np.empty((len(inputs), min(count, _TILE) * compute.itemsize), dtype=np.uint8)
+    buffers: Raw = np.empty((len(run.inputs), min(count, _TILE) * compute.itemsize), dtype=np.uint8)
     for first in range(0, count, _TILE):
         last = min(first + _TILE, count)
         tiles = tuple(
             _change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
-            for (raw, dtype), buffer in zip(inputs, buffers, strict=True)
+            for (raw, dtype), buffer in zip(run.inputs, buffers, strict=True)
         )
-        merged = method.fused(RawRun(tiles, compute, start + first), coefficients)
+        merged = run.method.fused(RawRun(tiles, compute, run.start + first), run.coefficients)
         if merged is None:
             return None
         result[first * out.itemsize : last * out.itemsize] = _change_dtype(merged, compute, out)
     return result
 
 
-def _run_reference(
-    method: Method[Any],
-    coefficients: Any,
-    inputs: tuple[tuple[Raw, DType], ...],
-    compute: DType,
-    out: DType,
-    start: int,
-) -> Raw:
+def _run_reference(run: _Run) -> Raw:
     """Return what ``run_kernel`` does, by the formula, in tiles of whole grains: so cutting the run changes nothing."""
-    precision = Precision(compute)
-    grain = method.grain(coefficients)
+    precision = Precision(run.compute)
+    grain = run.method.grain(run.coefficients)
     step = max(1, _TILE // grain) * grain
-    count = inputs[0][0].size // inputs[0][1].itemsize
+    count, compute, out = run.count, run.compute, run.out
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     with np.errstate(all="ignore"):
         for first in range(0, count, step):
             last = min(first + step, count)
             values = tuple(
-                load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in inputs
+                load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in run.inputs
             )
-            merged = method.reference(Block(values, start + first), coefficients, precision)
-            result[first * out.itemsize : last * out.itemsize] = store(merged, method.result_dtype(compute), out)
+            merged = run.method.reference(Block(values, run.start + first), run.coefficients, precision)
+            result[first * out.itemsize : last * out.itemsize] = store(merged, run.method.result_dtype(compute), out)
     return result
 
 

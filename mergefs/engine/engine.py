@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.checkpoint.source import Shard
 from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
@@ -84,14 +83,9 @@ class Engine:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
         check_unchanged(shard for entry in self.plan.all_inputs for shard in entry.checkpoint.shards)
 
-    @staticmethod
-    def _at(file: OutputFile, position: int) -> int:
-        """Return the index of the tensor that holds the byte at ``position``."""
-        return bisect_right(file.offsets, position) - 1
-
     def _tensor_at(self, file: OutputFile, position: int) -> tuple[TensorPlan, int]:
         """Return the tensor that holds the byte at ``position`` of a file, and where it begins there."""
-        index = self._at(file, position)
+        index = bisect_right(file.offsets, position) - 1
         return self.plan.tensors[file.tensors[index]], file.offsets[index]
 
     def _pieces(self, tensor: TensorPlan, begin: int, end: int) -> list[Raw]:
@@ -213,8 +207,3 @@ def _working_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of memory that computing one block takes: its inputs, its result, and a mask to check it by."""
     itemsizes = [place.tensor.dtype.itemsize for place in tensor.places]
     return (sum(itemsizes) + tensor.dtype.itemsize + 1) * min(tensor.grid.step, tensor.grid.size)
-
-
-def source_shards(plan: MergePlan) -> tuple[Shard, ...]:
-    """Return every weight file that a plan reads from."""
-    return tuple(shard for entry in plan.all_inputs for shard in entry.checkpoint.shards)

@@ -156,7 +156,7 @@ def _reap(child: int) -> bool:
             if os.waitpid(child, os.WNOHANG)[0] == 0:
                 if time.monotonic() > deadline:
                     return False
-                time.sleep(0.01)
+                time.sleep(0.01)  # the system has no wait for a child with a deadline
                 continue
         return True
 

@@ -101,11 +101,14 @@ class TensorPlan:
         """Bytes that one full read takes from the experts."""
         if self.selection is None:
             return self.expert_bytes
-        return sum(
-            block_bytes(self.grid, self.selection.read[index], place.tensor.dtype.itemsize)
-            for index, (place, role) in enumerate(zip(self.places, self.roles, strict=True))
-            if role is Role.EXPERT
-        )
+        return sum(self.planned_bytes(index) for index, role in enumerate(self.roles) if role is Role.EXPERT)
+
+    def planned_bytes(self, index: int) -> int:
+        """Bytes that one full read takes from the input at ``index``."""
+        place = self.places[index].tensor
+        if self.selection is None:
+            return place.nbytes
+        return block_bytes(self.grid, self.selection.read[index], place.dtype.itemsize)
 
 
 def block_bytes(grid: BlockGrid, chosen: NDArray[np.bool_], itemsize: int) -> int:
