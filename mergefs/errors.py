@@ -25,6 +25,10 @@ class RecipeError(MergefsError):
     """A recipe that cannot be understood, or that asks for something impossible."""
 
 
+class MethodError(MergefsError):
+    """A merge method that is not there, or that another package registers and that cannot be used."""
+
+
 class CheckpointError(MergefsError):
     """A model directory or a safetensors file that is missing, damaged or inconsistent."""
 

@@ -259,7 +259,10 @@ class Method(ABC, Generic[CoefficientsT]):
         """
 
     def kernels(self) -> tuple[str, ...]:
-        """Return the modules of ``mergefs.kernels.fused`` that the method computes with, each with one ``KERNEL``."""
+        """Return the modules that the method computes with, each with one ``KERNEL``.
+
+        A name without a dot is a module of ``mergefs.kernels.fused``, any other is absolute.
+        """
         return ()
 
     def fused(self, run: RawRun, coefficients: CoefficientsT) -> Raw | None:

@@ -11,7 +11,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord
 from mergefs.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mergefs.errors import BudgetError
-from mergefs.methods.registry import METHODS
+from mergefs.methods.registry import get_method, method_origin
 from mergefs.planner.analysis import analyze_family, gather_statistics, record_checkpoints
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.identity import plan_identity
@@ -79,7 +79,7 @@ def make_plan(
     if limit < total:
         _require_stand_in(draft, options)
         draft = analyze_draft(draft, catalog, ledger or Ledger(), progress or Silence())
-        result = select_blocks(draft.tensors, METHODS[recipe.method], catalog, limit)
+        result = select_blocks(draft.tensors, get_method(recipe.method), catalog, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
     # A budget that pays for everything is no budget: the same plan, and the same files.
     budget_bytes = limit if limit < total else None
@@ -90,7 +90,7 @@ def make_plan(
 
 def draft_plan(recipe: Recipe, options: PlanOptions, catalog: Catalog) -> Draft:
     """Open the models of ``recipe`` and plan every tensor; reads headers only."""
-    method = METHODS[recipe.method]
+    method = get_method(recipe.method)
     opened: dict[Path, Checkpoint] = {}
     inputs = tuple(
         _open(entry.model, recipe, Role.BASE if entry.model == recipe.base else Role.EXPERT, opened, catalog)
@@ -108,7 +108,7 @@ def draft_plan(recipe: Recipe, options: PlanOptions, catalog: Catalog) -> Draft:
 
 def analyze_draft(draft: Draft, catalog: Catalog, ledger: Ledger, progress: Progress) -> Draft:
     """Gather every statistic that planning and reading could need; the models then have identities by content."""
-    method = METHODS[draft.recipe.method]
+    method = get_method(draft.recipe.method)
     reader = SourceReader(ledger)
     try:
         analyze_family(draft.tensors, draft.checkpoints, catalog, reader, progress)
@@ -156,12 +156,13 @@ def _assemble(
         budget_bytes,
         options.random_seed,
         options.max_shard_size,
+        method_origin(draft.recipe.method),
     )
     known = catalog.plan(plan_id)
     return MergePlan(
         plan_id=plan_id,
         recipe=draft.recipe,
-        method=METHODS[draft.recipe.method],
+        method=get_method(draft.recipe.method),
         inputs=draft.inputs,
         stand_in=draft.stand_in,
         donor=draft.donor,

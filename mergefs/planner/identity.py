@@ -7,6 +7,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from mergefs.methods.plugins import Origin
 from mergefs.planner.plan import PlanInput, TensorPlan
 from mergefs.recipe.model import Recipe
 from mergefs.recipe.settings import Settings
@@ -22,10 +23,12 @@ def plan_identity(
     budget_bytes: int | None,
     random_seed: int,
     max_shard_size: int,
+    method_origin: Origin | None = None,
 ) -> str:
     """Return the plan's id; it starts with ``local-`` while the contents of an input are not known.
 
-    The path of a model is not part of it. The budget is, beside the blocks that it buys, since the model tells it.
+    The path of a model is not part of it. The budget is, beside the blocks that it buys, since the model tells it; and
+    so is the package that a method comes from, where that is not ours.
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
@@ -44,6 +47,8 @@ def plan_identity(
         "max_shard_size": max_shard_size,
         "selection": _selection_digest(tensors),
     }
+    if method_origin is not None:
+        content["method_origin"] = str(method_origin)
     digest = blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=16)
     local = any(entry.identity.startswith(_LOCAL) for entry in everything)
     return (_LOCAL if local else "") + digest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mergefs.checkpoint.dtypes import FLOAT_DTYPES_BY_TORCH_NAME, DType
-from mergefs.errors import RecipeError
+from mergefs.errors import MethodError, RecipeError
 from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
 from mergefs.methods.registry import method_names, specification
 from mergefs.recipe.document import (
@@ -180,13 +180,16 @@ def _check_keys(table: TableItem, known: tuple[str, ...], later: dict[str, str],
 
 def _method(document: TableItem) -> Specification:
     entry = document.get("merge_method")
-    known = method_names()
     if entry is None:
-        raise document.place.error(f"the recipe has no merge_method; add one of {listed(known)}")
-    name = _text(entry, f"one of {listed(known)}")
-    found = specification(name)
+        raise document.place.error(f"the recipe has no merge_method; add one of {listed(method_names())}")
+    name = _text(entry, "the name of a method (`mergefs methods` lists them)")
+    try:
+        found = specification(name)
+    except MethodError as error:
+        raise entry.value.place.error(str(error)) from error
     if found is not None:
         return found
+    known = method_names()
     if name in _MERGEKIT_METHODS:
         raise entry.value.place.error(
             f"merge_method {name} is not in this version yet; it has {listed(known)}, so choose one of them"

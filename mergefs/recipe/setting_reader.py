@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import Parameter, Scope, Specification
-from mergefs.methods.registry import method_names, specification
+from mergefs.methods.registry import built_in_methods_with
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe, is_null
 from mergefs.recipe.settings import Condition, Conditions, Gradient, Scalar, Setting, Settings
 from mergefs.recipe.wording import listed, nearest, quote
@@ -48,7 +48,7 @@ def read_settings(entry: Entry | None, method: Specification, model: str | None)
 def _unknown_parameter(name: str, method: Specification) -> str:
     known = [parameter.name for parameter in method.parameters]
     takes = f"{method.name} takes {listed(known)}"
-    others = [other for other in method_names() if (declared := specification(other)) and declared.parameter(name)]
+    others = built_in_methods_with(name)
     if others:
         return f"{quote(name)} is a parameter of {listed(others)}, but {takes}; remove it or change merge_method"
     match = nearest(name, known)

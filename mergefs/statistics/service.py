@@ -20,6 +20,8 @@ from mergefs.methods.contract import (
     TensorContext,
     Threshold,
 )
+from mergefs.methods.plugins import Origin
+from mergefs.methods.registry import method_origin
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
 from mergefs.statistics.element_sums import element_sums
@@ -37,46 +39,59 @@ class StatisticsService:
 
     def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Location, ...]) -> Answers:
         """Return every statistic that ``method`` wants of one tensor, whose places in each input are ``places``."""
+        origin = method_origin(method.specification.name)
         wanted = method.statistics(context)
         found: dict[Statistic, Answer] = {}
         while wanted:
-            found |= self.answers(wanted, places, context.base, context.compute).values
+            found |= self.answers(wanted, places, context.base, context.compute, origin).values
             wanted = method.further_statistics(context, Answers(found))
         return Answers(found)
 
     def answers(
-        self, wanted: tuple[Statistic, ...], places: tuple[Location, ...], base: int | None, compute: DType
+        self,
+        wanted: tuple[Statistic, ...],
+        places: tuple[Location, ...],
+        base: int | None,
+        compute: DType,
+        origin: Origin | None = None,
     ) -> Answers:
         """Return the answers to ``wanted``, those of one pass.
 
+        ``origin`` is the package whose method asks, None for ours: what is called alike there is another quantity.
         Gathering is serialised: a pass keeps the disk and a core busy, and a second one for the same tensor would find
         the first one's answer.
         """
         with self._lock:
-            found = self._gather(wanted, places, base, compute)
+            found = self._gather(wanted, places, base, compute, origin)
             self._catalog.flush()
         return Answers(found)
 
     def _gather(
-        self, wanted: tuple[Statistic, ...], places: tuple[Location, ...], base: int | None, compute: DType
+        self,
+        wanted: tuple[Statistic, ...],
+        places: tuple[Location, ...],
+        base: int | None,
+        compute: DType,
+        origin: Origin | None,
     ) -> dict[Statistic, Answer]:
         """Return the answers to ``wanted``; all sums among them in one pass."""
         sums = tuple(statistic for statistic in wanted if isinstance(statistic, ElementSum))
-        found = self._sums(sums, places, compute)
+        found = self._sums(sums, places, compute, origin)
         for statistic in wanted:
             if not isinstance(statistic, ElementSum):
                 found[statistic] = self._answer(statistic, places, base, compute)
         return found
 
     def _sums(
-        self, wanted: tuple[ElementSum, ...], places: tuple[Location, ...], compute: DType
+        self, wanted: tuple[ElementSum, ...], places: tuple[Location, ...], compute: DType, origin: Origin | None
     ) -> dict[Statistic, Answer]:
         """Return sums from the catalog, and those that it lacks from one pass over the models that they look at."""
         found: dict[Statistic, Answer] = {}
         missing: dict[ElementSum, bytes] = {}
         for statistic in wanted:
             looked_at = tuple(places[model] for model in statistic.models)
-            argument = " ".join((statistic.name, *map(repr, statistic.arguments)))
+            asking = () if origin is None else (str(origin),)
+            argument = " ".join((*asking, statistic.name, *map(repr, statistic.arguments)))
             keys = self._keys("sum", looked_at, compute, argument)
             known = self._known_number(keys)
             if known is None:
