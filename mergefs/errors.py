@@ -33,6 +33,10 @@ class CheckpointError(MergefsError):
     """A model directory or a safetensors file that is missing, damaged or inconsistent."""
 
 
+class DownloadError(CheckpointError):
+    """A model that the Hugging Face Hub does not have, or does not give."""
+
+
 class UnsupportedCheckpointError(CheckpointError):
     """A sound checkpoint in a form that must not be merged as it is (quantised codes, pickles)."""
 

@@ -21,7 +21,7 @@ _LOG: Final = logging.getLogger(__name__)
 LARGEST_UNKNOWN_BYTES: Final = 64 << 20
 """Files of unknown kinds above this size are taken for weights or data and left out."""
 
-_KNOWN_SUFFIXES: Final = frozenset(
+KNOWN_SUFFIXES: Final = frozenset(
     (".json", ".jinja", ".txt", ".py", ".model", ".spm", ".bpe", ".vocab", ".merges", ".tiktoken", ".md", ".yaml")
 )
 _WEIGHTS: Final = (
@@ -29,11 +29,11 @@ _WEIGHTS: Final = (
     *("*.ot", "*.nemo", "*.pdparams", "*.npz"),
 )
 _INDEX_FILES: Final = ("*.index.json",)
-_TRAINING_LEFTOVERS: Final = (
+TRAINING_LEFTOVERS: Final = (
     *("optimizer.*", "scheduler.pt", "rng_state*", "trainer_state.json", "training_args.bin", "global_step*"),
     "zero_to_fp32.py",
 )
-_LEFT_OUT_DIRECTORIES: Final = ("__pycache__", "checkpoint-*", "global_step*", "runs", "original")
+LEFT_OUT_DIRECTORIES: Final = ("__pycache__", "checkpoint-*", "global_step*", "runs", "original")
 # A mount writes its own, and an adapter's description would make transformers look for the adapter's weights.
 _LEFT_OUT_AT_TOP: Final = frozenset(
     {"README.md", "mergekit_config.yml", "mergefs.json", "mergefs.manifest.json", "adapter_config.json"}
@@ -42,7 +42,7 @@ _LEFT_OUT_AT_TOP: Final = frozenset(
 
 def is_training_leftover(name: str) -> bool:
     """Return whether the file ``name`` is what trainers leave in a model directory (optimizer state and such)."""
-    return _matches(name, _TRAINING_LEFTOVERS)
+    return _matches(name, TRAINING_LEFTOVERS)
 
 
 def find_auxiliary_files(directory: Path) -> tuple[AuxiliaryFile, ...]:
@@ -65,9 +65,9 @@ def _walk(directory: Path, prefix: str) -> Iterator[AuxiliaryFile]:
         if name.startswith(".") or (not prefix and name in _LEFT_OUT_AT_TOP):
             continue
         if entry.is_dir(follow_symlinks=False):
-            if not _matches(name, _LEFT_OUT_DIRECTORIES):
+            if not _matches(name, LEFT_OUT_DIRECTORIES):
                 yield from _walk(directory / name, f"{prefix}{name}/")
-        elif not _matches(name, (*_WEIGHTS, *_INDEX_FILES, *_TRAINING_LEFTOVERS)):
+        elif not _matches(name, (*_WEIGHTS, *_INDEX_FILES, *TRAINING_LEFTOVERS)):
             file = _examine(directory / name, f"{prefix}{name}")
             if file is not None:
                 yield file
@@ -85,7 +85,7 @@ def _examine(path: Path, name: str) -> AuxiliaryFile | None:
         raise SourceReadError(f"{path} cannot be read ({error.strerror}); check that you may read it") from error
     if not stat.S_ISREG(status.st_mode):
         return None
-    if status.st_size > LARGEST_UNKNOWN_BYTES and path.suffix.lower() not in _KNOWN_SUFFIXES:
+    if status.st_size > LARGEST_UNKNOWN_BYTES and path.suffix.lower() not in KNOWN_SUFFIXES:
         _LOG.warning("%s (%s) is left out: too large for a file beside weights", path, format_size(status.st_size))
         return None
     return AuxiliaryFile(name, path, Fingerprint.of(status))

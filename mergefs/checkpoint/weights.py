@@ -36,14 +36,16 @@ class WeightFiles:
     index: Mapping[str, str] | None = None
 
 
-def find_weight_files(directory: Path) -> WeightFiles:
+def find_weight_files(directory: Path, present: Sequence[str] | None = None) -> WeightFiles:
     """Return the files that hold the weights of the model in ``directory``.
+
+    ``present`` are the names of its files where not all of them are there yet, but for an index, which must be.
 
     The index decides where there is one, else ``model.safetensors``, else a complete set of numbered shards, else
     the only safetensors file. Raises UnsupportedCheckpointError for weights in other formats and LoRA adapters,
     CheckpointError for missing or ambiguous weights and a broken index, SourceReadError for an unreadable one.
     """
-    present = list_directory(directory)
+    present = list_directory(directory) if present is None else present
     if INDEX_NAME in present:
         return _read_index(directory)
     if SINGLE_NAME in present:

@@ -1,7 +1,6 @@
 """Which models a recipe names, and where they are."""
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mergefs.errors import RecipeError
+from mergefs.errors import DownloadError, RecipeError
 from mergefs.recipe.document import Entry, ScalarItem, TableItem, describe
+from mergefs.recipe.hub import find_on_hub, hub_cache, is_hub_name
 from mergefs.recipe.wording import quote, suggestion
 
 _MODEL_KEYS: Final = ("model", "lora", "override_architecture")
 _PATH_KEYS: Final = ("path", "revision")
-_HUB_NAME: Final = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_REVISION: Final = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +111,7 @@ def locate(reference: ModelReference, origin: str, directory: Path | None) -> Pa
     """Return the absolute path of the directory that holds ``reference``.
 
     Local directories come first: relative to the current directory, then to ``directory``, the recipe's own. What
-    may be a name on the Hugging Face Hub is then looked for in the local cache; nothing is ever downloaded.
+    may be a name on the Hugging Face Hub is then looked for in the local cache, and downloaded where that is possible.
     Raises RecipeError, naming each place that was tried.
     """
     tried: list[Path] = []
@@ -138,16 +135,15 @@ def locate(reference: ModelReference, origin: str, directory: Path | None) -> Pa
             if kind == "directory":
                 return candidate
     places = " and ".join(quote(str(path)) for path in tried)
-    if not _HUB_NAME.fullmatch(reference.path):
+    if not is_hub_name(reference.path):
         raise RecipeError(f"{origin}: model {quote(reference.text)} was not found at {places}; correct the path")
-    cached = _cached_snapshot(reference)
-    if cached is not None:
-        return cached
-    revision = f" --revision {reference.revision}" if reference.revision else ""
-    raise RecipeError(
-        f"{origin}: model {quote(reference.text)} was not found at {places}, nor in the Hugging Face cache at "
-        f"{quote(str(_hub_cache()))}; correct the path, or run `hf download {reference.path}{revision}`"
-    )
+    try:
+        return find_on_hub(reference.path, reference.revision)
+    except DownloadError as error:
+        raise RecipeError(
+            f"{origin}: model {quote(reference.text)} was not found at {places}, nor in the Hugging Face cache at "
+            f"{quote(str(hub_cache()))}; {error}"
+        ) from error
 
 
 def _local_candidates(text: str, directory: Path | None) -> Iterator[Path]:
@@ -172,32 +168,3 @@ def _kind(path: Path, what: str) -> Literal["directory", "file"] | None:
 
 def _absolute(path: str) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would replace symbolic links that the user chose
-
-
-def _hub_cache() -> Path:
-    environment = os.environ
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if environment.get(variable):
-            return Path(os.path.expanduser(environment[variable]))  # noqa: PTH111
-    if environment.get("HF_HOME"):
-        return Path(os.path.expanduser(environment["HF_HOME"])) / "hub"  # noqa: PTH111
-    root = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(root)) / "huggingface" / "hub"  # noqa: PTH111
-
-
-def _cached_snapshot(reference: ModelReference) -> Path | None:
-    """Return the snapshot of a Hub model in the local cache, or None when it is not there."""
-    repository = _hub_cache() / f"models--{reference.path.replace('/', '--')}"
-    revision = reference.revision or "main"
-    if not _REVISION.fullmatch(revision) or ".." in revision.split("/"):
-        return None
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        try:
-            commit = (repository / "refs" / revision).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return None
-        if not _COMMIT.fullmatch(commit):
-            return None
-    snapshot = repository / "snapshots" / commit
-    return _absolute(str(snapshot)) if os.path.isdir(snapshot) else None  # noqa: PTH112 - is_dir() raises where access is denied
