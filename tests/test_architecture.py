@@ -19,6 +19,7 @@ ROOMS = (
     ("sources",),
     ("catalog",),
     ("statistics",),
+    ("tokenizer",),
     ("planner",),
     ("engine",),
     ("materialize", "mount"),

@@ -20,6 +20,7 @@ from mergefs.catalog.records import (
     PlanRecord,
     ThresholdRecord,
     TransactionRecord,
+    VocabularyRecord,
 )
 from mergefs.errors import CatalogError
 
@@ -32,6 +33,7 @@ TABLES: Final = (
     "histograms",
     "thresholds",
     "numbers",
+    "vocabularies",
     "plans",
     "entries",
     "transactions",
@@ -128,6 +130,14 @@ class Catalog:
     def keep_number(self, key: bytes, value: float) -> None:
         """Keep a statistic that is one number at the next flush."""
         self._keep("numbers", key, NumberRecord(value))
+
+    def vocabulary(self, key: bytes) -> VocabularyRecord | None:
+        """Return a merged vocabulary."""
+        return self._get("vocabularies", key, VocabularyRecord)
+
+    def keep_vocabulary(self, key: bytes, record: VocabularyRecord) -> None:
+        """Keep a merged vocabulary at the next flush."""
+        self._keep("vocabularies", key, record)
 
     def flush(self) -> None:
         """Write everything that waits to be kept, in one transaction."""

@@ -44,6 +44,23 @@ class NumberRecord(msgspec.Struct, frozen=True, array_like=True):
     value: float
 
 
+class VocabularyRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A merged vocabulary and the files of its tokenizer.
+
+    ``ids`` (int32, ascending) are those that tokens have, ``count`` is the number of tokens, ``token_ids`` the ids of
+    the tokens that the recipe names, ``found_ids`` those of tokens looked up in single models (-1 where there is none).
+    ``permutations`` hold for each model the row (int32) of every id, -1 where it has none.
+    """
+
+    ids: bytes
+    count: int
+    token_ids: tuple[int, ...]
+    found_ids: tuple[int, ...]
+    permutations: tuple[bytes, ...]
+    files: dict[str, bytes]
+    notes: tuple[str, ...]
+
+
 class CheckpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """A model directory that has been seen, by its local identity; ``content`` once every tensor has been hashed."""
 

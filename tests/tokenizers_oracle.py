@@ -1,0 +1,64 @@
+"""mergekit's merged tokenizers, with what it leaves to chance or to the machine fixed.
+
+It goes over the models of a merge in the order of a set, over tokens in the order of a hash table, and takes the mean
+that padding gets in float32 in an order that depends on the CPU.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.tokenizer import embed
+from mergekit.tokenizer.build import TokenizerInfo, build_tokenizer
+from oracle import _exact_mean, _replaced, _TorchBut
+from transformers import TokenizersBackend
+
+_GET_VOCAB = TokenizersBackend.get_vocab
+
+
+def _vocabulary_in_order(tokenizer: TokenizersBackend) -> dict[str, int]:
+    return dict(sorted(_GET_VOCAB(tokenizer).items(), key=lambda item: (item[1], item[0])))
+
+
+def _models_in_order(configuration: MergeConfiguration) -> list[ModelReference]:
+    """Return the models as they are listed, then the base where it is not among them."""
+    entries = list(configuration.models or [])
+    entries += [source for part in configuration.slices or [] for source in part.sources]
+    found = [entry.model for entry in entries]
+    return list(dict.fromkeys([*found, *([configuration.base_model] if configuration.base_model else [])]))
+
+
+@contextlib.contextmanager
+def orders_fixed() -> Iterator[None]:
+    """Let mergekit go over models as the recipe lists them, and over tokens in the order of their ids."""
+    with (
+        _replaced(TokenizersBackend, "get_vocab", _vocabulary_in_order),
+        _replaced(MergeConfiguration, "referenced_models", _models_in_order),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def exact_padding() -> Iterator[None]:
+    """Let mergekit take the mean that padding rows get in float64, and round it once."""
+    with _replaced(embed, "torch", _TorchBut(mean=_exact_mean)):
+        yield
+
+
+def mergekit_vocabulary(document: Mapping[str, Any]) -> TokenizerInfo:
+    """Return what mergekit makes of the tokenizers of a recipe."""
+    with orders_fixed():
+        configuration = MergeConfiguration.model_validate(dict(document))
+        source: Any = configuration.tokenizer_source
+        tokens: tuple[str, ...] = ()
+        if configuration.tokenizer is not None:
+            source, tokens = configuration.tokenizer.source, tuple(configuration.tokenizer.tokens or {})
+        return build_tokenizer(
+            base_model=configuration.base_model,
+            referenced_models=configuration.referenced_models(),
+            tokenizer_source=source,
+            trust_remote_code=False,
+            add_tokens=list(tokens),
+        )
