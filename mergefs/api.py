@@ -10,6 +10,7 @@ import numpy as np
 from mergefs.catalog import Catalog, default_location
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError
 from mergefs.kernels.precision import Raw
 from mergefs.planner.build import PlanOptions, make_plan
@@ -154,9 +155,9 @@ def open_model(
     ``"2GiB"``. Raises the errors of ``mergefs.errors``.
     """
     options = PlanOptions(budget, base, random_seed, _size(max_shard_size))
-    resources = Resources.create(Catalog(Path(catalog) if catalog else default_location()), _size(cache_size))
+    resources = Workspace.create(Catalog(Path(catalog) if catalog else default_location()), _size(cache_size))
     try:
-        plan = make_plan(load_recipe(Path(recipe)), options, resources.catalog, resources.ledger, progress)
+        plan = make_plan(load_recipe(Path(recipe)), options, resources, progress)
         return MergedModel(plan, resources)
     except BaseException:
         resources.close()

@@ -22,19 +22,22 @@ from checkpoints import Family, family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounting import environment, mounted_recipes, run_mergefs, wait_for
+from places import source_of, stored_tensor
 from recipes import MERGES, base_options, recipe_document, stand_in, used_experts, write_document, write_recipe
 from strace import Trace, command, read_trace, run
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import BudgetError
 from mergefs.mount.mountinfo import all_mounts, find_mount
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, make_plan
-from mergefs.planner.plan import MergePlan, Role
+from mergefs.planner.plan import MergePlan
 from mergefs.recipe.model import load_recipe
 from mergefs.sources.blocks import BLOCK_ELEMENTS
+from mergefs.sources.place import Role
 
 BF16 = torch.bfloat16
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -55,7 +58,7 @@ class Analysed:
     def plan(self, name: str, budget: str | None) -> MergePlan:
         options = PlanOptions(budget, stand_in(MERGES[name], self.family))
         with Catalog(self.catalog) as catalog:
-            return make_plan(load_recipe(self.recipe(name)), options, catalog)
+            return make_plan(load_recipe(self.recipe(name)), options, Workspace.create(catalog))
 
     def expert_files(self, name: str) -> list[Path]:
         return [shard.path for e in used_experts(MERGES[name], self.family) for shard in open_checkpoint(e).shards]
@@ -182,7 +185,7 @@ def test_an_unread_block_of_an_expert_counts_as_equal_to_the_base(
         tensors = tensors_of(expert)
         for tensor in plan.tensors.values():
             assert tensor.selection is not None
-            position = next(i for i, p in enumerate(tensor.places) if p.checkpoint.path == expert.resolve())
+            position = next(i for i, p in enumerate(tensor.places) if source_of(p) == expert.resolve())
             for block, (start, stop) in enumerate(tensor.grid):
                 if not tensor.selection.read[position, block]:
                     tensors[tensor.name].view(-1)[start:stop] = base[tensor.name].view(-1)[start:stop]
@@ -322,7 +325,9 @@ def test_a_plan_under_a_budget_has_the_same_id_wherever_the_models_are(
     moved = Family(copies[0], tuple(copies[1:]))
     recipe = write_recipe(tmp_path / "elsewhere.yml", MERGES[name], moved)
     with Catalog(tmp_path / "other catalog") as catalog:
-        plan = make_plan(load_recipe(recipe), PlanOptions("40%", stand_in(MERGES[name], moved)), catalog)
+        plan = make_plan(
+            load_recipe(recipe), PlanOptions("40%", stand_in(MERGES[name], moved)), Workspace.create(catalog)
+        )
     assert plan.plan_id == small.plan(name, "40%").plan_id
     assert not plan.plan_id.startswith("local-")
 
@@ -347,7 +352,7 @@ def test_a_plan_changes_its_id_with_the_contents_of_a_model(small: Analysed, tmp
     document["models"][0]["model"] = str(tmp_path / "changed")
     recipe = write_document(tmp_path / "changed.yml", document)
     with Catalog(tmp_path / "catalog") as catalog:
-        changed = make_plan(load_recipe(recipe), PlanOptions("40%"), catalog)
+        changed = make_plan(load_recipe(recipe), PlanOptions("40%"), Workspace.create(catalog))
     assert changed.plan_id != small.plan("ties", "40%").plan_id
 
 
@@ -480,9 +485,11 @@ def pages_of_bought_blocks(plan: MergePlan) -> int:
         for place, role, read in zip(tensor.places, tensor.roles, tensor.selection.read, strict=True):
             if role is not Role.EXPERT:
                 continue
-            path, itemsize = place.checkpoint.shards[place.tensor.shard].path, place.tensor.dtype.itemsize
+            path, itemsize = stored_tensor(place).shard.path, place.dtype.itemsize
             for block in np.flatnonzero(read):
-                start, stop = (place.tensor.offset + bound * itemsize for bound in tensor.grid.bounds(int(block)))
+                start, stop = (
+                    stored_tensor(place).tensor.offset + bound * itemsize for bound in tensor.grid.bounds(int(block))
+                )
                 pages |= {(path, page) for page in range(start // PAGE, -(-stop // PAGE))}
     return len(pages) * PAGE
 
@@ -512,7 +519,7 @@ def test_the_disk_reads_only_the_pages_of_bought_blocks(large: Analysed, tmp_pat
     ) as mount:
         for recipe in recipes:
             with Catalog(large.catalog) as catalog:
-                plan = make_plan(load_recipe(recipe), PlanOptions("25%"), catalog)
+                plan = make_plan(load_recipe(recipe), PlanOptions("25%"), Workspace.create(catalog))
             allowed = pages_of_bought_blocks(plan) + sum(map(whole_pages, base))
             needed = plan.outcome.expert_bytes_planned + plan.outcome.base_bytes
             # A block may touch one page more at each of its ends.

@@ -20,8 +20,8 @@ from mergefs.api import MergedModel, open_model
 from mergefs.catalog import Catalog
 from mergefs.engine.cache import BlockCache
 from mergefs.engine.model_files import ModelFiles
-from mergefs.engine.resources import Resources
 from mergefs.engine.room import Room
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import NonFiniteError
 from mergefs.kernels.precision import Raw
 from mergefs.planner.build import PlanOptions, make_plan
@@ -179,8 +179,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
 
 
 def open_with_cache(recipe: Path, size: int, budget: str | None = None, base: str | None = None) -> MergedModel:
-    resources = Resources.create(Catalog(recipe.parent / "catalog"), size)
-    plan = make_plan(load_recipe(recipe), PlanOptions(budget, base), resources.catalog)
+    resources = Workspace.create(Catalog(recipe.parent / "catalog"), size)
+    plan = make_plan(load_recipe(recipe), PlanOptions(budget, base), resources)
     return MergedModel(plan, resources)
 
 
@@ -250,8 +250,8 @@ def test_a_mount_serves_what_is_not_finite_and_says_so_once_and_a_writer_refuses
     assert "tensor 'model.norm.weight'" in record
     assert str(made.experts[1] / WEIGHTS) in record
 
-    resources = Resources.create(Catalog(tmp_path / "catalog"))
-    plan = make_plan(load_recipe(recipe), PlanOptions(), resources.catalog)
+    resources = Workspace.create(Catalog(tmp_path / "catalog"))
+    plan = make_plan(load_recipe(recipe), PlanOptions(), resources)
     files = ModelFiles(plan, resources, strict=True)
     with pytest.raises(NonFiniteError) as caught:
         files.read(WEIGHTS, 0, files.sizes[WEIGHTS])

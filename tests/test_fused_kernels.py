@@ -34,8 +34,9 @@ from mergefs.methods.task_vector import (
     TaskVectorCoefficients,
 )
 from mergefs.sources.ledger import Ledger
+from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.pair import Location, TensorPair
+from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.thresholds import magnitude_histogram
 
 REPOSITORY = Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def test_the_fused_histogram_counts_what_the_reference_counts(
         save_file({"weight": tensor}, directory / "model.safetensors")
         (directory / "config.json").write_text("{}")
         checkpoint = open_checkpoint(directory)
-        places.append(Location(checkpoint, checkpoint.tensors["weight"]))
+        places.append(StoredTensor.of(checkpoint, "weight"))
     reader = SourceReader(Ledger())
     try:
         pair = TensorPair(places[0], places[1], dtype, reader)

@@ -21,7 +21,7 @@ from recipes import MERGES, write_recipe
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.cli import main
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize.manifest import MANIFEST_NAME
@@ -45,9 +45,9 @@ def recipe(models: Family, tmp_path: Path) -> Path:
 
 
 def write(recipe: Path, destination: Path, overwrite: bool = False, budget: str | None = None) -> Materialized:
-    resources = Resources.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
+    resources = Workspace.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
     try:
-        plan = make_plan(load_recipe(recipe), PlanOptions(budget), resources.catalog)
+        plan = make_plan(load_recipe(recipe), PlanOptions(budget), resources)
         return materialize(plan, destination, resources, overwrite)
     finally:
         resources.close()
@@ -118,7 +118,7 @@ def test_an_empty_directory_becomes_the_model_and_nothing_is_left_beside_it(reci
 
 def test_what_was_written_verifies_against_its_sources(recipe: Path, tmp_path: Path) -> None:
     write(recipe, tmp_path / "out", budget="40%")
-    resources = Resources.create(Catalog(tmp_path / "another catalog"))
+    resources = Workspace.create(Catalog(tmp_path / "another catalog"))
     assert verify_deep(tmp_path / "out", resources).deep
     resources.close()
 

@@ -74,7 +74,7 @@ def test_a_density_keeps_as_many_as_mergekit_and_the_lowest_indices_of_those_tie
             limit = service.answers((wanted,), plan.places, context.base, plan.compute).values[wanted]
             assert isinstance(limit, Threshold)
             expert, base = (
-                load(place.read(reader, 0, context.size, Purpose.ANALYSIS), place.tensor.dtype, plan.compute)
+                load(place.read(reader, 0, context.size, Purpose.ANALYSIS), place.dtype, plan.compute)
                 for place in plan.places
             )
             precision = Precision(plan.compute)

@@ -19,17 +19,18 @@ from recipes import MERGES, Merge, recipe_document, stand_in, write_document, wr
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import BudgetError, PlanError
 from mergefs.methods.registry import METHODS
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan, make_plan
-from mergefs.planner.plan import MergePlan, Role, TensorPlan, block_bytes
+from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.planner.selection import select_blocks
 from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
 from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
-from mergefs.sources.ledger import Ledger
+from mergefs.sources.place import Role, block_sizes
 from mergefs.statistics.blocks import known_deltas
 
 
@@ -40,7 +41,8 @@ def models(tmp_path: Path) -> Family:
 
 def plan_of(recipe: Path, catalog: Path, **options: object) -> MergePlan:
     with Catalog(catalog) as opened:
-        return make_plan(load_recipe(recipe), replace(PlanOptions(), **options), opened)  # type: ignore[arg-type]
+        workspace = Workspace.create(opened)
+        return make_plan(load_recipe(recipe), replace(PlanOptions(), **options), workspace)  # type: ignore[arg-type]
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
@@ -92,8 +94,10 @@ def test_the_blocks_that_are_bought_remove_the_most_error_for_each_byte(
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models))
     method = METHODS[recipe.method]
     with Catalog(tmp_path / "catalog") as catalog:
-        draft = analyze_draft(draft_plan(recipe, PlanOptions(), catalog), catalog, Ledger(), Silence())
-        result = select_blocks(draft.tensors, method, catalog, 20_000)
+        workspace = Workspace.create(catalog)
+        draft = draft_plan(recipe, PlanOptions(), workspace)
+        analyze_draft(draft, workspace, Silence())
+        result = select_blocks(draft.tensors, catalog, 20_000)
         items: list[tuple[float, int, bool]] = []  # error for each byte, bytes, whether it was bought
         squares = {True: 0.0, False: 0.0}
         for tensor in result.tensors:
@@ -138,7 +142,7 @@ def test_the_bytes_of_chosen_blocks_are_those_between_their_bounds(
     grid = BlockGrid(size, step)
     mask = np.resize(np.array(chosen or [False]), grid.count)
     expected = sum(stop - start for (start, stop), is_chosen in zip(grid, mask, strict=True) if is_chosen)
-    assert block_bytes(grid, mask, itemsize) == expected * itemsize
+    assert int((block_sizes(grid) * itemsize)[mask].sum()) == expected * itemsize
 
 
 def test_an_expert_that_equals_the_base_costs_nothing(models: Family, tmp_path: Path) -> None:
@@ -151,16 +155,17 @@ def test_an_expert_that_equals_the_base_costs_nothing(models: Family, tmp_path: 
 
 def test_no_budget_reads_nothing_but_headers(models: Family, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
-    ledger = Ledger()
     with Catalog(tmp_path / "catalog") as catalog:
+        workspace = Workspace.create(catalog)
+        ledger = workspace.ledger
         for budget in (None, "100%"):
-            plan = make_plan(load_recipe(recipe), PlanOptions(budget), catalog, ledger)
+            plan = make_plan(load_recipe(recipe), PlanOptions(budget), workspace)
             assert plan.outcome.predicted_relative_error == 0
         assert ledger.totals().analysis_bytes_read == 0
-        make_plan(load_recipe(recipe), PlanOptions("50%"), catalog, ledger)
+        make_plan(load_recipe(recipe), PlanOptions("50%"), workspace)
         gathered = ledger.totals().analysis_bytes_read
         assert gathered > 0
-        make_plan(load_recipe(recipe), PlanOptions("30%"), catalog, ledger)
+        make_plan(load_recipe(recipe), PlanOptions("30%"), workspace)
         assert ledger.totals().analysis_bytes_read == gathered
 
 
@@ -293,10 +298,10 @@ def test_a_plan_is_kept_in_the_catalog_with_its_tensors(models: Family, tmp_path
     merge = MERGES["linear without a base"]
     recipe = write_recipe(tmp_path / "recipe.yml", merge, models)
     with Catalog(tmp_path / "catalog") as catalog:
-        plan = make_plan(load_recipe(recipe), PlanOptions("50%", stand_in(merge, models)), catalog)
+        plan = make_plan(load_recipe(recipe), PlanOptions("50%", stand_in(merge, models)), Workspace.create(catalog))
         record = catalog.plan(plan.plan_id)
         entries = catalog.plan_entries(plan.plan_id)
-        again = make_plan(load_recipe(recipe), PlanOptions("50%", stand_in(merge, models)), catalog)
+        again = make_plan(load_recipe(recipe), PlanOptions("50%", stand_in(merge, models)), Workspace.create(catalog))
     assert record is not None
     assert (record.method, record.budget_bytes) == ("linear", plan.outcome.budget_bytes)
     assert record.recipe == recipe.read_text()

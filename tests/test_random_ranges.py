@@ -22,7 +22,7 @@ import mergefs
 from mergefs.api import MergedModel
 from mergefs.catalog import Catalog
 from mergefs.engine.engine import Engine
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
@@ -68,8 +68,8 @@ def served(
 @pytest.fixture(scope="module")
 def engine(served: Served, catalogs: Path) -> Iterator[Engine]:
     """Give an engine whose cache is too small for two blocks, so that most reads compute."""
-    resources = Resources.create(Catalog(catalogs / f"{served.recipe.parent.name}-3"), 3 * 2**19)
-    yield Engine(make_plan(load_recipe(served.recipe), PlanOptions(), resources.catalog), resources, strict=False)
+    resources = Workspace.create(Catalog(catalogs / f"{served.recipe.parent.name}-3"), 3 * 2**19)
+    yield Engine(make_plan(load_recipe(served.recipe), PlanOptions(), resources), resources, strict=False)
     resources.close()
 
 

@@ -13,7 +13,7 @@ from mergefs.checkpoint.dtypes import BF16, F16, F32, F64
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import BasePolicy
 from mergefs.methods.registry import method_names, specification
-from mergefs.recipe.document import MAXIMUM_SIZE, Item, SequenceItem, TableItem, parse_document
+from mergefs.recipe.document import MAXIMUM_SIZE, Item, SequenceItem, TableItem, parse_documents
 from mergefs.recipe.layers import layer_of, layer_position
 from mergefs.recipe.model import ModelReference, Recipe, find_model, load_recipe, parse_recipe
 from mergefs.recipe.parameters import Condition, Conditions, Gradient
@@ -227,13 +227,9 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
         ("normalize: false", "1: false", 9, ("a key must be text, not 1", "in quotes")),
         ("normalize: false", "? [a]\n  : 1", 9, ("a key must be text, not a list",)),
         # what is still to come
-        ("models:", "slices:", 3, ("'slices'", "yet", "list whole models under 'models'")),
-        ("models:", "modules:", 3, ("'modules'", "yet", "list whole models under 'models'")),
         ("dtype: bfloat16", "tokenizer: {source: union}", 10, ("'tokenizer'", "yet", "remove the key")),
         ("dtype: bfloat16", "tokenizer_source: union", 10, ("'tokenizer_source'", "yet", "remove the key")),
         ("dtype: bfloat16", "chat_template: auto", 10, ("'chat_template'", "yet", "remove the key")),
-        ("dtype: bfloat16", "name: step-1", 10, ("'name'", "yet", "one file for each merge")),
-        ("dtype: bfloat16", "---\nmerge_method: ties", 10, ("second document", "one file for each merge")),
         ("model: math", "model: math+lora", 4, ("'math+lora'", "adapter", "merge_and_unload", "path: PATH")),
         ("model: math", "model: {model: math, lora: x}", 4, ("adapter", "merge_and_unload")),
         ("- model: math", "- model: math\n    lora: x", 5, ("'lora'", "adapter")),
@@ -243,8 +239,13 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
             4,
             ("'override_architecture'", "remove"),
         ),
-        ("- model: math", "- model: math\n    layer_range: [0, 2]", 5, ("'layer_range'", "whole models")),
-        ("ties", "arcee_fusion", 1, ("arcee_fusion is not in this version yet", "linear")),
+        # structure
+        ("models:", "slices:", 4, ("'model' is not a key of a slice", "sources")),
+        ("models:", "modules:", 4, ("'modules' must be a mapping", "text_decoder")),
+        ("dtype: bfloat16", "slices: [{sources: []}]", 10, ("'slices'", "'models' in line 3", "remove the other")),
+        ("- model: math", "- model: math\n    layer_range: [0, 2]", 5, ("'layer_range'", "whole model", "slices:")),
+        ("dtype: bfloat16", "name: [a]", 10, ("'name'", "a list", "change it")),
+        ("dtype: bfloat16", "---\nmerge_method: ties", 11, ("needs a base model",)),
         # methods
         ("ties", "tise", 1, ("'tise' is not a merge_method", "did you mean 'ties'?")),
         ("ties", "zzz", 1, ("'zzz' is not a merge_method", "the known ones are linear, ")),
@@ -452,7 +453,7 @@ def plain(item: Item) -> object:
 @example({"a": "1:30", "b": "0x1F", "c": "1_000", "d": "yes", "e": "~", "f": "1e3", "g": "<<", "h": "="})
 def test_values_are_read_as_by_the_safe_loader_that_mergekit_uses(document: object) -> None:
     text = yaml.safe_dump(document, sort_keys=False)
-    assert plain(parse_document(text, "<recipe>")) == yaml.safe_load(text) == document
+    assert plain(parse_documents(text, "<recipe>")[0]) == yaml.safe_load(text) == document
 
 
 def assert_parsed_or_refused_in_one_sentence(text: str) -> None:

@@ -21,7 +21,7 @@ from tensors import differing, load_model
 import mergefs
 from mergefs.catalog import Catalog
 from mergefs.engine.model_files import ModelFiles
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
@@ -158,11 +158,11 @@ def open_with_cache(tmp_path: Path, families: Families, request: pytest.FixtureR
     """Return a function that opens a merge of several blocks with a cache of so many bytes and a new catalog."""
     family = families(FamilyKind(torch.float32, tied=True, hidden=128, layers=1, vocabulary=10007))
     recipe = write_document(tmp_path / "recipe.yml", recipe_document(METHODS[request.param], family))
-    opened: list[Resources] = []
+    opened: list[Workspace] = []
 
     def create(cache_size: int) -> ModelFiles:
-        opened.append(Resources.create(Catalog(tmp_path / f"catalog-{len(opened)}"), cache_size))
-        plan = make_plan(load_recipe(recipe), PlanOptions(), opened[-1].catalog)
+        opened.append(Workspace.create(Catalog(tmp_path / f"catalog-{len(opened)}"), cache_size))
+        plan = make_plan(load_recipe(recipe), PlanOptions(), opened[-1])
         return ModelFiles(plan, opened[-1], strict=False)
 
     yield create

@@ -15,7 +15,7 @@ from recipes import MERGES, Merge, write_recipe
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import SourceChangedError, SourceReadError
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
@@ -117,8 +117,8 @@ def test_the_python_interface_names_the_file_that_changed(models: Family, tmp_pa
 @pytest.mark.parametrize("change", CHANGES)
 def test_materialize_refuses_a_source_that_changed_since_the_plan(models: Family, tmp_path: Path, change: str) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
-    resources = Resources.create(Catalog(tmp_path / "catalog"))
-    plan = make_plan(load_recipe(recipe), PlanOptions(), resources.catalog)
+    resources = Workspace.create(Catalog(tmp_path / "catalog"))
+    plan = make_plan(load_recipe(recipe), PlanOptions(), resources)
     CHANGES[change](models.experts[1] / WEIGHTS)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SourceChangedError, match=str(models.experts[1] / WEIGHTS)):

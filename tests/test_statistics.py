@@ -23,11 +23,12 @@ from mergefs.methods.slerp import inner_product
 from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Ledger
+from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.blocks import analyze_tensor, known_deltas
 from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import checkpoint_identity
-from mergefs.statistics.pair import Location, TensorPair
+from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.service import StatisticsService
 from mergefs.statistics.thresholds import BINS, magnitude_histogram, rescale_factor, threshold
 
@@ -41,11 +42,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
 
 
-def places_of(directory: Path, *tensors: torch.Tensor) -> tuple[Location, ...]:
+def places_of(directory: Path, *tensors: torch.Tensor) -> tuple[Place, ...]:
     """Write a model for each tensor and return where they lie."""
     models = [write_model(directory / str(number), {NAME: tensor}, {}) for number, tensor in enumerate(tensors)]
     opened = [open_checkpoint(model) for model in models]
-    return tuple(Location(checkpoint, checkpoint.tensors[NAME]) for checkpoint in opened)
+    return tuple(StoredTensor.of(checkpoint, NAME) for checkpoint in opened)
 
 
 def pair_of(directory: Path, expert: torch.Tensor, base: torch.Tensor, compute: DType) -> TensorPair:
@@ -275,7 +276,7 @@ def test_what_the_catalog_knows_of_a_model_holds_for_its_copy(tmp_path: Path) ->
     shutil.copytree(tmp_path / "0", tmp_path / "copies" / "0")
     shutil.copytree(tmp_path / "1", tmp_path / "copies" / "1")
     opened = [open_checkpoint(tmp_path / "copies" / name) for name in ("0", "1")]
-    copies = tuple(Location(checkpoint, checkpoint.tensors[NAME]) for checkpoint in opened)
+    copies = tuple(StoredTensor.of(checkpoint, NAME) for checkpoint in opened)
     ledger = Ledger()
     reader = SourceReader(ledger)
     with Catalog(tmp_path / "catalog") as catalog:
@@ -287,7 +288,8 @@ def test_what_the_catalog_knows_of_a_model_holds_for_its_copy(tmp_path: Path) ->
         before = ledger.totals().analysis_bytes_read
         assert service.answers(WANTED, copies, 0, F32).values == expected.values
         assert ledger.totals().analysis_bytes_read == before
-        identities = {checkpoint_identity(place.checkpoint, catalog) for place in (*places, *copies)}
+        models = [open_checkpoint(tmp_path / name) for name in ("0", "1")]
+        identities = {checkpoint_identity(model, catalog) for model in (*models, *opened)}
         assert len(identities) == 2
         assert not any(identity.startswith("local-") for identity in identities)
     reader.close()

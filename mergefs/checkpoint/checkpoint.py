@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Protocol
 
 from blake3 import blake3
 
 from mergefs.checkpoint.auxiliary import find_auxiliary_files
+from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.files import open_source, read_json_object
 from mergefs.checkpoint.header import read_header
@@ -17,9 +18,6 @@ from mergefs.checkpoint.quantization import refuse_quantized
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
 from mergefs.checkpoint.weights import INDEX_NAME, PICKLE_SUFFIXES, WeightFiles, find_weight_files
 from mergefs.errors import CheckpointError, SourceReadError
-
-_LAYER_COUNT_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_OUTPUT_EMBEDDINGS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,30 @@ class TensorSource:
     shard: int
     offset: int
     nbytes: int
+
+
+class WeightSource(Protocol):
+    """A directory of safetensors files: a checkpoint, or an adapter."""
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Its files."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSource]:
+        """Its tensors, by name."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of their data."""
+
+    @property
+    def local_identity(self) -> str:
+        """The identity of these files on this machine."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,29 +76,12 @@ class Checkpoint:
     @property
     def number_of_layers(self) -> int | None:
         """The number of layers (of the text model, where there are several), or None when config.json is silent."""
-        for section in self._config_sections():
-            for key in _LAYER_COUNT_KEYS:
-                value = section.get(key)
-                if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                    return value
-        return None
+        return number_of_layers(self.config)
 
     @property
     def ties_embeddings(self) -> bool:
-        """Whether the output embedding is the input embedding.
-
-        ``tie_word_embeddings`` of config.json says so; transformers leaves the key out for architectures that tie
-        by default, and then the absence of an output embedding among the tensors tells.
-        """
-        for section in self._config_sections():
-            value = section.get("tie_word_embeddings")
-            if isinstance(value, bool):
-                return value
-        return not any(name.endswith(_OUTPUT_EMBEDDINGS) for name in self.tensors)
-
-    def _config_sections(self) -> list[Mapping[str, Any]]:
-        text = self.config.get("text_config")
-        return [self.config, text] if isinstance(text, Mapping) else [self.config]
+        """Whether the output embedding is the input embedding."""
+        return ties_embeddings(self.config, self.tensors)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

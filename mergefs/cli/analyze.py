@@ -8,9 +8,8 @@ import click
 from mergefs.cli.settings import Settings
 
 if TYPE_CHECKING:
-    from mergefs.catalog import Catalog
+    from mergefs.engine.workspace import Workspace
     from mergefs.progress import Progress
-    from mergefs.sources.ledger import Ledger
 
 
 @click.command(name="analyze")
@@ -27,15 +26,18 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json, print_table
     from mergefs.cli.progress import progress
-    from mergefs.sources.ledger import Ledger
+    from mergefs.engine.workspace import Workspace
     from mergefs.units import format_size
 
-    ledger = Ledger()
     identities: dict[str, str] = {}
-    with Catalog(settings.catalog or default_location()) as catalog, progress() as listener:
-        for target in targets:
-            identities |= _analyze(target, base, catalog, ledger, listener)
-    read = ledger.totals().analysis_bytes_read
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    try:
+        with progress() as listener:
+            for target in targets:
+                identities |= _analyze(target, base, workspace, listener)
+    finally:
+        workspace.close()
+    read = workspace.ledger.totals().analysis_bytes_read
     if as_json:
         models = [{"path": path, "identity": identity} for path, identity in identities.items()]
         print_json({"models": models, "analysis_bytes_read": read})
@@ -44,27 +46,23 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_
     click.echo(f"read {format_size(read)}" if read else "everything was known already")
 
 
-def _analyze(
-    target: Path, base: str | None, catalog: "Catalog", ledger: "Ledger", listener: "Progress"
-) -> dict[str, str]:
+def _analyze(target: Path, base: str | None, workspace: "Workspace", listener: "Progress") -> dict[str, str]:
     """Analyse one target and return the identities of its models by path."""
     from mergefs.checkpoint import open_checkpoint
+    from mergefs.checkpoint.checkpoint import WeightSource
     from mergefs.planner.analysis import analyze_family, record_checkpoints
     from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
     from mergefs.recipe.model import load_recipe
-    from mergefs.sources.reader import SourceReader
     from mergefs.statistics.identity import checkpoint_identity
 
+    catalog = workspace.catalog
+    sources: tuple[WeightSource, ...]
     if not target.is_dir():
-        draft = draft_plan(load_recipe(target), PlanOptions(base=base), catalog)
-        checkpoints = analyze_draft(draft, catalog, ledger, listener).checkpoints
+        draft = draft_plan(load_recipe(target), PlanOptions(base=base), workspace)
+        analyze_draft(draft, workspace, listener)
+        sources = draft.sources
     else:
-        checkpoints = (open_checkpoint(target),)
-        reader = SourceReader(ledger)
-        try:
-            analyze_family((), checkpoints, catalog, reader, listener)
-        finally:
-            catalog.flush()
-            reader.close()
-    record_checkpoints(checkpoints, catalog)
-    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in checkpoints}
+        sources = (open_checkpoint(target),)
+        analyze_family((), sources, catalog, workspace.reader, listener)
+    record_checkpoints(sources, catalog)
+    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in sources}

@@ -40,7 +40,7 @@ def command(
     from mergefs.cli.output import print_json, print_pairs
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
-    from mergefs.engine.resources import Resources
+    from mergefs.engine.workspace import Workspace
     from mergefs.materialize.materialize import materialize
     from mergefs.mount.build import expand_recipes
     from mergefs.mount.models import unique_names
@@ -53,10 +53,10 @@ def command(
     single = len(recipes) == 1 and not recipes[0].is_dir()
     destinations = [absolute(out) if single else absolute(out) / name for name in unique_names(files)]
     for recipe, destination in zip(files, destinations, strict=True):
-        resources = Resources.create(Catalog(settings.catalog or default_location()), _CACHE_SIZE)
+        resources = Workspace.create(Catalog(settings.catalog or default_location()), _CACHE_SIZE)
         try:
             with ended_by_signals(), progress() as listener:
-                plan = make_plan(load_recipe(recipe), options, resources.catalog, resources.ledger, listener)
+                plan = make_plan(load_recipe(recipe), options, resources, listener)
                 result = materialize(plan, destination, resources, overwrite, listener)
         finally:
             resources.close()

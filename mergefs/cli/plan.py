@@ -35,15 +35,18 @@ def command(
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
+    from mergefs.engine.workspace import Workspace
     from mergefs.planner.build import PlanOptions, make_plan
     from mergefs.recipe.model import load_recipe
-    from mergefs.sources.ledger import Ledger
 
-    ledger = Ledger()
-    with Catalog(settings.catalog or default_location()) as catalog, progress() as listener:
-        options = PlanOptions(budget, base, random_seed, max_shard_size)
-        plan = make_plan(load_recipe(recipe), options, catalog, ledger, listener)
-    analysis = ledger.totals().analysis_bytes_read
+    options = PlanOptions(budget, base, random_seed, max_shard_size)
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    try:
+        with progress() as listener:
+            plan = make_plan(load_recipe(recipe), options, workspace, listener)
+    finally:
+        workspace.close()
+    analysis = workspace.ledger.totals().analysis_bytes_read
     if as_json:
         print_json(_json(plan, analysis))
     else:
@@ -58,7 +61,7 @@ def _json(plan: "MergePlan", analysis: int) -> dict[str, object]:
         "experts": [
             {
                 "reference": entry.reference,
-                "path": str(entry.checkpoint.path),
+                "path": entry.model.title,
                 "identity": entry.identity,
                 "bytes_total": total,
                 "bytes_planned": planned,
@@ -73,21 +76,22 @@ def _json(plan: "MergePlan", analysis: int) -> dict[str, object]:
 
 
 def _experts(plan: "MergePlan") -> list[tuple["PlanInput", int, int]]:
-    """Return each expert with its bytes and those that are bought."""
-    from mergefs.planner.plan import Role
+    """Return each expert with the bytes that the merge reads of it, and those that are bought."""
+    from mergefs.sources.place import Role
 
-    rows = []
-    for index, entry in enumerate(plan.inputs):
-        if entry.role is not Role.EXPERT:
-            continue
-        total = planned = 0
-        for tensor in plan.tensors.values():
-            if tensor.context is None:
-                continue
-            total += tensor.places[index].tensor.nbytes
-            planned += tensor.planned_bytes(index)
-        rows.append((entry, total, planned))
-    return rows
+    experts = [entry for entry in plan.inputs if entry.role is Role.EXPERT]
+    owners = {
+        shard.path: index for index, entry in enumerate(experts) for s in entry.model.sources for shard in s.shards
+    }
+    total, planned = [0] * len(experts), [0] * len(experts)
+    for tensor in plan.tensors.values():
+        for number, place in enumerate(tensor.places):
+            paid = next((stored for stored in place.stored() if stored.role is Role.EXPERT), None)
+            owner = None if paid is None else owners.get(paid.shard.path)
+            if owner is not None:
+                total[owner] += place.total_bytes_read(Role.EXPERT)
+                planned[owner] += tensor.planned_bytes(number)
+    return list(zip(experts, total, planned, strict=True))
 
 
 def _print(plan: "MergePlan", analysis: int) -> None:

@@ -18,13 +18,13 @@ def command(settings: Settings, directory: Path, deep: bool, as_json: bool) -> N
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
-    from mergefs.engine.resources import Resources
+    from mergefs.engine.workspace import Workspace
     from mergefs.materialize.verify import verify, verify_deep
     from mergefs.units import format_size
 
     with progress() as listener:
         if deep:
-            resources = Resources.create(Catalog(settings.catalog or default_location()))
+            resources = Workspace.create(Catalog(settings.catalog or default_location()))
             try:
                 result = verify_deep(directory, resources, listener)
             finally:

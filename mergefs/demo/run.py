@@ -20,7 +20,7 @@ from mergefs.demo.imports import import_transformers
 from mergefs.demo.mounted import mount_status, mounted
 from mergefs.demo.recipes import DemoRecipe, write_recipes
 from mergefs.demo.training import FamilyOptions, train_family
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
@@ -129,9 +129,9 @@ def _measure_mount(
 
 def _write_and_compare(recipe: DemoRecipe, place: Workplace) -> None:
     """Materialize a recipe and compare it with its mount, file by file."""
-    resources = Resources.create(Catalog(place.catalog))
+    resources = Workspace.create(Catalog(place.catalog))
     try:
-        plan = make_plan(load_recipe(recipe.path), PlanOptions(), resources.catalog, resources.ledger)
+        plan = make_plan(load_recipe(recipe.path), PlanOptions(), resources)
         result = materialize(plan, place.written, resources, overwrite=True)
     finally:
         resources.close()

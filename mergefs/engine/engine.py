@@ -13,10 +13,10 @@ from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
 from mergefs.kernels.fused import prepare
 from mergefs.kernels.precision import Raw, is_finite
-from mergefs.planner.plan import MergePlan, OutputFile, Role, TensorPlan
+from mergefs.planner.plan import MergePlan, OutputFile, TensorPlan
 from mergefs.sources.ledger import Purpose
+from mergefs.sources.place import Place, Role
 from mergefs.sources.reader import check_unchanged
-from mergefs.statistics.pair import Location
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,15 +26,18 @@ class Engine:
 
     ``strict`` says what happens when a merge has no finite result: with it a NonFiniteError names the tensor, without
     it the values are served as they are and the log names the tensor, because an error would kill who reads a mount.
+    A ``nested`` engine computes the inputs of another one, within the memory that the other has reserved.
     """
 
-    def __init__(self, plan: MergePlan, resources: Resources, strict: bool) -> None:
+    def __init__(self, plan: MergePlan, resources: Resources, strict: bool, nested: bool = False) -> None:
         self.plan = plan
         self._resources = resources
         self._strict = strict
+        self._nested = nested
         self._files = {file.name: file for file in plan.files}
         self._coefficients: dict[str, Any] = {}
         self._gathering = {name: threading.Lock() for name in plan.tensors}
+        self._prepared: set[str] = set()
         self._seen: dict[str, NDArray[np.bool_]] = {}
         self._reported: set[str] = set()
         self._lock = threading.Lock()
@@ -65,59 +68,68 @@ class Engine:
 
     def prepare(self) -> None:
         """Load the compiled kernels that the plan needs, so that no read waits for a compiler."""
-        merged = [tensor for tensor in self.plan.tensors.values() if tensor.context is not None]
-        conversions = {(place.tensor.dtype, tensor.compute) for tensor in merged for place in tensor.places}
-        conversions |= {(tensor.compute, tensor.dtype) for tensor in merged}
-        # Sorted, since sets have no order and what is compiled first should not depend on chance.
-        pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
-        computed = dict.fromkeys(tensor.compute for tensor in merged)
-        prepare(self.plan.method.kernels(), computed, pairs)
+        _prepare_kernels(self.plan)
 
-    def gather_statistics(self, name: str) -> None:
-        """Make sure that no later read of this tensor has to gather statistics."""
+    def read_elements(self, name: str, start: int, stop: int, purpose: Purpose) -> Raw:
+        """Return the bytes of the elements ``start`` to ``stop`` (flat indices) of a tensor, as a fresh array."""
         tensor = self.plan.tensors[name]
+        itemsize = tensor.dtype.itemsize
+        pieces = self._pieces(tensor, start * itemsize, stop * itemsize, purpose)
+        result: Raw = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
+        return result
+
+    def prepare_tensor(self, name: str) -> None:
+        """Gather what computing any part of a tensor needs to know of the whole; what is known is not read again."""
+        tensor = self.plan.tensors[name]
+        if name in self._prepared:
+            return
+        # The inputs first: who waits for statistics must hold nothing that the gathering of them could wait for.
+        tensor.prepare()
         if tensor.context is not None:
             self._coefficients_of(tensor)
+        self._prepared.add(name)
 
     def check_sources(self) -> None:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
-        check_unchanged(shard for entry in self.plan.all_inputs for shard in entry.checkpoint.shards)
+        check_unchanged(shard for source in self.plan.sources for shard in source.shards)
 
     def _tensor_at(self, file: OutputFile, position: int) -> tuple[TensorPlan, int]:
         """Return the tensor that holds the byte at ``position`` of a file, and where it begins there."""
         index = bisect_right(file.offsets, position) - 1
         return self.plan.tensors[file.tensors[index]], file.offsets[index]
 
-    def _pieces(self, tensor: TensorPlan, begin: int, end: int) -> list[Raw]:
+    def _pieces(self, tensor: TensorPlan, begin: int, end: int, purpose: Purpose = Purpose.EXPERT) -> list[Raw]:
         """Return views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor."""
         step = tensor.grid.step * tensor.dtype.itemsize
         pieces: list[Raw] = []
         for block in range(begin // step, -(-end // step)):
-            data = self._block(tensor, block)
+            data = self._block(tensor, block, purpose)
             pieces.append(data[max(begin - block * step, 0) : end - block * step])
         return pieces
 
-    def _block(self, tensor: TensorPlan, block: int) -> Raw:
-        """Return one block of the merged tensor from the cache, or compute it."""
+    def _block(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+        """Return one block of the merged tensor from the cache, or compute it, reading for ``purpose``."""
+        self.prepare_tensor(tensor.name)
 
         def compute() -> Raw:
-            coefficients = None if tensor.context is None else self._coefficients_of(tensor)
+            if self._nested:
+                return self._compute(tensor, block, purpose)
             with self._resources.room.reserve(_working_bytes(tensor)):
-                return self._compute(tensor, block, coefficients)
+                return self._compute(tensor, block, purpose)
 
         return self._resources.cache.get((self.plan.plan_id, tensor.name, block), compute)
 
-    def _compute(self, tensor: TensorPlan, block: int, coefficients: Any) -> Raw:
+    def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Compute one block from the bytes that are bought."""
-        if tensor.context is None:
-            return self._copy(tensor, block)
+        if tensor.method is None or tensor.context is None:
+            return self._copy(tensor, block, purpose)
         selection = tensor.selection
         start, _ = tensor.grid.bounds(block)
         if selection is not None and not selection.computed[block]:
             stand_in, dtype = self._stand_in(tensor, block)
             return convert(stand_in, dtype, tensor.compute, tensor.dtype)
         inputs = [
-            (self._read(tensor, index, block), place.tensor.dtype)
+            (self._read(tensor, index, block, purpose), place.dtype)
             if selection is None or selection.read[index, block]
             else None
             for index, place in enumerate(tensor.places)
@@ -127,31 +139,28 @@ class Engine:
             replacement = self._stand_in(tensor, block) if base is None else inputs[base]
             inputs = [entry or replacement for entry in inputs]
         complete = tuple(entry for entry in inputs if entry is not None)
-        merged = run_kernel(self.plan.method, coefficients, complete, tensor.compute, tensor.dtype, start)
+        coefficients = self._coefficients[tensor.name]
+        merged = run_kernel(tensor.method, coefficients, complete, tensor.compute, tensor.dtype, start)
         if not is_finite(merged, tensor.dtype):
             self._report_non_finite(tensor, complete)
         return merged
 
-    def _copy(self, tensor: TensorPlan, block: int) -> Raw:
+    def _copy(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Return a block of a tensor that every model has alike; a strict engine makes sure that they do."""
-        data = self._read(tensor, 0, block)
+        data = self._read(tensor, 0, block, purpose)
         if self._strict and tensor.selection is None:
-            for entry in self.plan.inputs:
-                source = entry.checkpoint.tensors.get(tensor.name)
-                if source is None or entry.checkpoint is tensor.places[0].checkpoint:
-                    continue
-                other = self._bytes(Location(entry.checkpoint, source), tensor, block, Purpose.ANALYSIS)
-                if not np.array_equal(data, other):
+            for place in tensor.alike:
+                if not np.array_equal(data, self._bytes(place, tensor, block, Purpose.ANALYSIS)):
                     raise PlanError(
-                        f"tensor {tensor.name!r} ({tensor.dtype.name}) differs between {self.plan.donor.path} and "
-                        f"{entry.checkpoint.path}; tensors that are not floating-point must agree to be merged"
+                        f"tensor {tensor.name!r} ({tensor.dtype.name}) differs between {tensor.places[0].describe()} "
+                        "and "
+                        f"{place.describe()}; tensors that are not floating-point must agree to be merged"
                     )
         return data
 
-    def _read(self, tensor: TensorPlan, index: int, block: int) -> Raw:
+    def _read(self, tensor: TensorPlan, index: int, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block of one input, on the account of its role."""
-        purpose = Purpose.BASE
-        if tensor.roles[index] is Role.EXPERT:
+        if purpose is Purpose.EXPERT and tensor.roles[index] is Role.EXPERT:
             with self._lock:
                 seen = self._seen.get(tensor.name)
                 if seen is None:
@@ -164,23 +173,22 @@ class Engine:
         """Return the bytes that stand in for what is not bought, and their dtype."""
         if tensor.stand_in is None:
             raise PlanError(f"tensor {tensor.name!r}: nothing stands in for blocks that are not bought")
-        return self._bytes(tensor.stand_in, tensor, block, Purpose.BASE), tensor.stand_in.tensor.dtype
+        return self._bytes(tensor.stand_in, tensor, block, Purpose.EXPERT), tensor.stand_in.dtype
 
-    def _bytes(self, place: Location, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+    def _bytes(self, place: Place, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block at one place."""
         start, stop = tensor.grid.bounds(block)
         return place.read(self._resources.reader, start, stop, purpose)
 
-    def _coefficients_of(self, tensor: TensorPlan) -> Any:
-        """Return the coefficients of a tensor, gathering its statistics on the first touch."""
-        context = tensor.context
-        if context is None:
+    def _coefficients_of(self, tensor: TensorPlan) -> None:
+        """Keep the coefficients of a tensor, gathering its statistics on the first touch."""
+        method, context = tensor.method, tensor.context
+        if method is None or context is None:
             raise ValueError("a copied tensor has no coefficients")
         with self._gathering[tensor.name]:
             if tensor.name not in self._coefficients:
-                answers = self._resources.statistics.all_answers(self.plan.method, context, tensor.places)
-                self._coefficients[tensor.name] = self.plan.method.coefficients(context, answers)
-            return self._coefficients[tensor.name]
+                answers = self._resources.statistics.all_answers(method, context, tensor.places)
+                self._coefficients[tensor.name] = method.coefficients(context, answers)
 
     def _report_non_finite(self, tensor: TensorPlan, inputs: tuple[tuple[Raw, Any], ...]) -> None:
         """Say, once for each tensor, that a merge has NaN or infinity in it and where they come from."""
@@ -205,5 +213,19 @@ class Engine:
 
 def _working_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of memory that computing one block takes: its inputs, its result, and a mask to check it by."""
-    itemsizes = [place.tensor.dtype.itemsize for place in tensor.places]
+    itemsizes = [place.dtype.itemsize for place in tensor.places]
+    itemsizes += [stored.dtype.itemsize for place in tensor.places if place.parts for stored in place.stored()]
     return (sum(itemsizes) + tensor.dtype.itemsize + 1) * min(tensor.grid.step, tensor.grid.size)
+
+
+def _prepare_kernels(plan: MergePlan) -> None:
+    """Load the compiled kernels of a plan, and of those that it merges the results of."""
+    merged = [tensor for tensor in plan.tensors.values() if tensor.context is not None]
+    conversions = {(place.dtype, tensor.compute) for tensor in merged for place in tensor.places}
+    conversions |= {(tensor.compute, tensor.dtype) for tensor in merged}
+    # Sorted, since sets have no order and what is compiled first should not depend on chance.
+    pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
+    computed = dict.fromkeys(tensor.compute for tensor in merged)
+    prepare(plan.method.kernels(), computed, pairs)
+    for nested in plan.nested:
+        _prepare_kernels(nested)

@@ -34,7 +34,10 @@ class ModelFiles:
         self.plan = plan
         self.engine = Engine(plan, resources, strict)
         self._resources = resources
-        self._contents: dict[str, _Content] = {file.name: file for file in plan.donor.auxiliary}
+        self._contents: dict[str, _Content] = {
+            name: _Generated(content) if isinstance(content, bytes) else content
+            for name, content in plan.donor.files.items()
+        }
         self._contents |= {name: _Generated(data) for name, data in documents(plan).items()}
         self._contents |= {file.name: _Merged() for file in plan.files}
         self.sizes: Mapping[str, int] = {name: self._size(name) for name in sorted(self._contents)}

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.engine.cache import BlockCache
@@ -17,6 +17,8 @@ SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 _WORKING_MEMORY: Final = 64 * 2**20
 """For blocks that are being computed: enough for a dozen at once of three experts and their base."""
 
+_Resources = TypeVar("_Resources", bound="Resources")
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -30,7 +32,7 @@ class Resources:
     room: Room
 
     @classmethod
-    def create(cls, catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE) -> "Resources":
+    def create(cls: type[_Resources], catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE) -> _Resources:
         """Return resources with a ledger and a cache of their own."""
         ledger = Ledger()
         reader = SourceReader(ledger)

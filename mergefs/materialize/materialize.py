@@ -47,7 +47,12 @@ def materialize(
     """
     started = time.monotonic()
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 (Path.absolute keeps "..")
-    _check_destination(destination, overwrite, plan.sources, (Path(plan.recipe.origin), resources.catalog.path))
+    _check_destination(
+        destination,
+        overwrite,
+        [source.path for source in plan.sources],
+        (Path(plan.recipe.origin), resources.catalog.path),
+    )
     files = ModelFiles(plan, resources, strict=True)
     total = sum(files.sizes.values())
     for name in files.sizes:

@@ -9,7 +9,7 @@ import msgspec
 from blake3 import blake3
 
 from mergefs.engine.model_files import ModelFiles
-from mergefs.engine.resources import Resources
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME, FileEntry, read_manifest
 from mergefs.planner.build import PlanOptions, make_plan
@@ -64,7 +64,7 @@ def verify(directory: Path, progress: Progress | None = None) -> Verified:
     return Verified(directory, manifest.plan_id, len(manifest.files), total, deep=False)
 
 
-def verify_deep(directory: Path, resources: Resources, progress: Progress | None = None) -> Verified:
+def verify_deep(directory: Path, resources: Workspace, progress: Progress | None = None) -> Verified:
     """Check as ``verify`` does, then compute every file from the sources again and compare all bytes."""
     shallow = verify(directory, progress)
     provenance = _read_provenance(directory)
@@ -77,7 +77,7 @@ def verify_deep(directory: Path, resources: Resources, progress: Progress | None
         max_shard_size=provenance.max_shard_size,
     )
     listener = progress or Silence()
-    plan = make_plan(recipe, options, resources.catalog, resources.ledger, listener)
+    plan = make_plan(recipe, options, resources, listener)
     files = ModelFiles(plan, resources, strict=True)
     listener.start("recomputing", sum(files.sizes.values()))
     for name, size in files.sizes.items():

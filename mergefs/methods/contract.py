@@ -36,6 +36,15 @@ class BasePolicy(Enum):
     OPTIONAL = "optional"
 
 
+class FewModels(Enum):
+    """What a method does with a tensor that only some of the models have, where they are too few for it to merge."""
+
+    REFUSED = "refused"
+    TAKE_ONE = "the only model that has the tensor gives it"
+    TAKE_BASE = "the base gives the tensor where it alone has it"
+    FALL_BACK_ON_BASE = "the base gives the tensor"
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of a method.
@@ -69,6 +78,7 @@ class Specification:
     base: BasePolicy
     min_models: int = 1
     max_models: int | None = None
+    few_models: FewModels = FewModels.REFUSED
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name``, or None."""

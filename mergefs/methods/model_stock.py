@@ -15,6 +15,7 @@ from mergefs.methods.contract import (
     BasePolicy,
     Block,
     ElementSum,
+    FewModels,
     Method,
     Parameter,
     Scope,
@@ -48,6 +49,7 @@ class ModelStock(Method[ModelStockCoefficients]):
         parameters=(Parameter("filter_wise", "bool", Scope.GLOBAL, "take the angles row by row", default=False),),
         base=BasePolicy.REQUIRED,
         min_models=3,
+        few_models=FewModels.FALL_BACK_ON_BASE,
     )
 
     def check(self, context: TensorContext) -> None:

@@ -9,6 +9,7 @@ from mergefs.methods.contract import (
     Answers,
     BasePolicy,
     Block,
+    FewModels,
     Method,
     Parameter,
     Scope,
@@ -42,6 +43,7 @@ class NearSwap(Method[NearSwapCoefficients]):
         base=BasePolicy.REQUIRED,
         min_models=2,
         max_models=2,
+        few_models=FewModels.TAKE_BASE,
     )
 
     def coefficients(self, context: TensorContext, answers: Answers) -> NearSwapCoefficients:

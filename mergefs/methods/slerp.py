@@ -12,6 +12,7 @@ from mergefs.methods.contract import (
     BasePolicy,
     Block,
     ElementSum,
+    FewModels,
     Method,
     Parameter,
     RawRun,
@@ -47,6 +48,7 @@ class Slerp(Method[SlerpCoefficients]):
         base=BasePolicy.REQUIRED,
         min_models=2,
         max_models=2,
+        few_models=FewModels.TAKE_ONE,
     )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:

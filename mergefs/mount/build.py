@@ -9,7 +9,8 @@ from pathlib import Path
 from mergefs.catalog import Catalog, default_location
 from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
-from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE, Resources
+from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE
+from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError, RecipeError, UsageError
 from mergefs.mount.models import ModelTree, MountedModel, unique_names
 from mergefs.mount.tree import Tree
@@ -49,7 +50,7 @@ def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progr
     limit_arenas()
     files = expand_recipes(recipes)
     rooted = len(recipes) == 1 and not recipes[0].is_dir()
-    resources = Resources.create(Catalog(options.catalog or default_location()), options.cache_size)
+    resources = Workspace.create(Catalog(options.catalog or default_location()), options.cache_size)
     try:
         names = unique_names(files)
         models = [
@@ -90,10 +91,10 @@ def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def _model(path: Path, options: BuildOptions, resources: Resources, progress: Progress) -> ModelFiles:
+def _model(path: Path, options: BuildOptions, resources: Workspace, progress: Progress) -> ModelFiles:
     """Plan one recipe."""
     plan_options = PlanOptions(options.budget, options.base, options.random_seed, options.max_shard_size)
-    plan = make_plan(load_recipe(path), plan_options, resources.catalog, resources.ledger, progress)
+    plan = make_plan(load_recipe(path), plan_options, resources, progress)
     for note in plan.notes:
         _LOG.info("%s: %s", path, note)
     _LOG.info(
@@ -121,7 +122,7 @@ def _start_warming(models: Sequence[MountedModel], stop: threading.Event) -> thr
                 if stop.is_set():
                     return
                 try:
-                    model.files.engine.gather_statistics(name)
+                    model.files.engine.prepare_tensor(name)
                 except MergefsError as error:
                     _LOG.warning("warming stopped: %s", error)
                     return

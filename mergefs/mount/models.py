@@ -66,7 +66,7 @@ class ModelTree:
     @property
     def sources(self) -> tuple[Path, ...]:
         """The directories that bytes come from."""
-        return tuple(dict.fromkeys(path for model in self._models for path in model.files.plan.sources))
+        return tuple(dict.fromkeys(source.path for model in self._models for source in model.files.plan.sources))
 
     def _add_directory(self, path: str) -> None:
         """Add ``path`` and the directories above it."""

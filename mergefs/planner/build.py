@@ -1,31 +1,33 @@
 """Makes plans: opens the models, plans the tensors, spends the budget, and keeps the plan in the catalog."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord
-from mergefs.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.errors import BudgetError
 from mergefs.methods.registry import get_method, method_origin
 from mergefs.planner.analysis import analyze_family, gather_statistics, record_checkpoints
+from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
+from mergefs.planner.configuration import merged_config
 from mergefs.planner.identity import plan_identity
 from mergefs.planner.layout import DEFAULT_SHARD_SIZE, lay_out
-from mergefs.planner.plan import BudgetOutcome, MergePlan, PlanInput, Role, TensorPlan
+from mergefs.planner.models import ModelOpener
+from mergefs.planner.plan import BudgetOutcome, InputModel, MergePlan, PlanInput, TensorPlan
 from mergefs.planner.selection import select_blocks
-from mergefs.planner.tensors import plan_tensors, require_known_parameters
+from mergefs.planner.tensors import TensorPlanner, require_known_filters
+from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
-from mergefs.recipe.model import ModelReference, Recipe, find_model
+from mergefs.recipe.definition import Recipe
 from mergefs.recipe.parameters import unmatched_filters
-from mergefs.sources.ledger import Ledger
-from mergefs.sources.reader import SourceReader
-from mergefs.statistics.identity import checkpoint_identity
-from mergefs.statistics.service import StatisticsService
+from mergefs.recipe.references import ModelReference
+from mergefs.sources.place import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,104 +46,128 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan before the budget is spent: every tensor is there and everything is read."""
+    """A plan before the budget is spent: every tensor is there and everything is read.
+
+    ``config`` is the content of the merged model's config.json, None where the donor's file stays as it is.
+    """
 
     recipe: Recipe
     inputs: tuple[PlanInput, ...]
     stand_in: PlanInput | None
-    donor: Checkpoint
+    donor: InputModel
+    config: Mapping[str, Any] | None
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
 
     @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every distinct model that takes part."""
+    def sources(self) -> tuple[WeightSource, ...]:
+        """Every directory that takes part, each once."""
         entries = [*self.inputs, *([self.stand_in] if self.stand_in else [])]
-        return tuple({id(entry.checkpoint): entry.checkpoint for entry in entries}.values())
+        return tuple({id(source): source for entry in entries for source in entry.model.sources}.values())
 
 
 def make_plan(
-    recipe: Recipe,
-    options: PlanOptions,
-    catalog: Catalog,
-    ledger: Ledger | None = None,
-    progress: Progress | None = None,
+    recipe: Recipe, options: PlanOptions, workspace: Workspace, progress: Progress | None = None
 ) -> MergePlan:
     """Return the plan of ``recipe`` and keep it in the catalog.
 
     Without a budget only headers are read. A budget below all expert bytes needs block statistics: what is missing is
-    gathered first, which reads the models once and is counted in ``ledger`` as analysis.
+    gathered first, which reads the models once and is counted in the ledger as analysis.
     """
-    draft = draft_plan(recipe, options, catalog)
+    drafter = Drafter(options, workspace)
+    draft = drafter.draft(recipe)
     total = sum(tensor.expert_bytes for tensor in draft.tensors)
     limit = total if options.budget is None else parse_budget(options.budget).limit(total)
     error = 0.0
     if limit < total:
         _require_stand_in(draft, options)
-        draft = analyze_draft(draft, catalog, ledger or Ledger(), progress or Silence())
-        result = select_blocks(draft.tensors, get_method(recipe.method), catalog, limit)
+        analyze_draft(draft, workspace, progress or Silence())
+        draft = drafter.draft(recipe)  # again, since the models now have identities by content
+        result = select_blocks(draft.tensors, workspace.catalog, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
     # A budget that pays for everything is no budget: the same plan, and the same files.
-    budget_bytes = limit if limit < total else None
-    plan = _assemble(draft, options, budget_bytes, error, catalog)
-    _keep(plan, catalog)
+    plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)
+    _keep(plan, workspace.catalog)
     return plan
 
 
-def draft_plan(recipe: Recipe, options: PlanOptions, catalog: Catalog) -> Draft:
+class Drafter:
+    """Plans recipes without spending a budget; a model directory is opened once, whatever names it."""
+
+    def __init__(self, options: PlanOptions, workspace: Workspace) -> None:
+        self._options = options
+        self._catalog = workspace.catalog
+        self._opener = ModelOpener(workspace, self._merge)
+
+    def draft(self, recipe: Recipe) -> Draft:
+        """Open the models of ``recipe`` and plan every tensor; reads headers only."""
+        opened: dict[ModelReference, PlanInput] = {}
+        for entry in recipe.inputs():
+            role = Role.BASE if entry.model in recipe.bases else Role.EXPERT
+            opened[entry.model] = self._opener.open(entry.model, recipe, role)
+        stand_in = None
+        if recipe.base is not None and recipe.base not in opened:
+            stand_in = self._opener.open(recipe.base, recipe, Role.BASE)
+        elif not recipe.bases and self._options.base is not None:
+            named = ModelReference(self._options.base, self._options.base, None, None)
+            stand_in = self._opener.open(named, recipe, Role.BASE)
+        models = {reference: entry.model for reference, entry in opened.items()}
+        donor = _donor(recipe, opened, stand_in)
+        assembly = assemble(recipe, models, donor)
+        planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed).plan(assembly)
+        require_known_filters(recipe, unmatched_filters(recipe, planned.names))
+        config = merged_config(donor, recipe, assembly.layers)
+        return Draft(recipe, tuple(opened.values()), stand_in, donor, config, planned.tensors, planned.notes)
+
+    def _merge(self, recipe: Recipe) -> MergePlan:
+        """Plan a merge whose result another recipe merges: whole, since the budget is spent by the other."""
+        draft = self.draft(recipe)
+        return _assemble(draft, replace(self._options, budget=None), None, 0.0, self._catalog)
+
+
+def _donor(recipe: Recipe, opened: Mapping[ModelReference, PlanInput], stand_in: PlanInput | None) -> InputModel:
+    """Return the model that gives config.json and the other files: the base, or without one the first model."""
+    if recipe.base is None:
+        return next(iter(opened.values())).model
+    if recipe.base in opened:
+        return opened[recipe.base].model
+    if stand_in is None:
+        raise ValueError("a base that is no input is opened as a stand-in")
+    return stand_in.model
+
+
+def draft_plan(recipe: Recipe, options: PlanOptions, workspace: Workspace) -> Draft:
     """Open the models of ``recipe`` and plan every tensor; reads headers only."""
-    method = get_method(recipe.method)
-    opened: dict[Path, Checkpoint] = {}
-    inputs = tuple(
-        _open(entry.model, recipe, Role.BASE if entry.model == recipe.base else Role.EXPERT, opened, catalog)
-        for entry in recipe.inputs()
-    )
-    base = next((entry for entry in inputs if entry.role is Role.BASE), None)
-    stand_in = None
-    if base is None and options.base is not None:
-        stand_in = _open(ModelReference(options.base, options.base, None, None), recipe, Role.BASE, opened, catalog)
-    donor = (base or inputs[0]).checkpoint
-    tensors, notes = plan_tensors(recipe, method, inputs, stand_in, donor, options.random_seed)
-    require_known_parameters(recipe, unmatched_filters(recipe, (tensor.name for tensor in tensors)))
-    return Draft(recipe, inputs, stand_in, donor, tensors, notes)
+    return Drafter(options, workspace).draft(recipe)
 
 
-def analyze_draft(draft: Draft, catalog: Catalog, ledger: Ledger, progress: Progress) -> Draft:
+def analyze_draft(draft: Draft, workspace: Workspace, progress: Progress) -> None:
     """Gather every statistic that planning and reading could need; the models then have identities by content."""
-    method = get_method(draft.recipe.method)
-    reader = SourceReader(ledger)
     try:
-        analyze_family(draft.tensors, draft.checkpoints, catalog, reader, progress)
-        gather_statistics(draft.tensors, method, StatisticsService(catalog, reader), progress)
+        analyze_family(draft.tensors, draft.sources, workspace.catalog, workspace.reader, progress)
+        gather_statistics(draft.tensors, workspace.statistics, progress)
     finally:
-        catalog.flush()
-        reader.close()
-
-    def identified(entry: PlanInput) -> PlanInput:
-        return replace(entry, identity=checkpoint_identity(entry.checkpoint, catalog))
-
-    stand_in = identified(draft.stand_in) if draft.stand_in else None
-    return replace(draft, inputs=tuple(identified(entry) for entry in draft.inputs), stand_in=stand_in)
-
-
-def _open(
-    reference: ModelReference, recipe: Recipe, role: Role, opened: dict[Path, Checkpoint], catalog: Catalog
-) -> PlanInput:
-    """Open one model, once."""
-    path = find_model(reference, recipe).resolve()
-    checkpoint = opened.get(path)
-    if checkpoint is None:
-        checkpoint = opened[path] = open_checkpoint(path)
-    return PlanInput(reference.text, checkpoint, role, checkpoint_identity(checkpoint, catalog))
+        workspace.catalog.flush()
 
 
 def _require_stand_in(draft: Draft, options: PlanOptions) -> None:
     """Refuse a budget where nothing can stand in for what is not read."""
-    if draft.stand_in is None and not any(entry.role is Role.BASE for entry in draft.inputs):
+    without = [tensor for tensor in draft.tensors if tensor.context is not None and tensor.stand_in is None]
+    lacking = next((tensor for tensor in without if tensor.expert_bytes), None)
+    if lacking is None:
+        return
+    if draft.stand_in is None:
         raise BudgetError(
             f"{draft.recipe.origin}: budget {options.budget!r} leaves blocks unread, and a {draft.recipe.method} "
             "merge without a base has nothing to stand in for them; name a model with --base, or read all: 100%"
         )
+    raise BudgetError(
+        f"{draft.recipe.origin}: budget {options.budget!r} leaves blocks unread, and {draft.stand_in.model.title} "
+        "has no "
+        f"tensor {lacking.name!r} of shape {list(lacking.shape)} to stand in for them; name another model with "
+        "--base, or "
+        "read all: 100%"
+    )
 
 
 def _assemble(
@@ -166,6 +192,7 @@ def _assemble(
         inputs=draft.inputs,
         stand_in=draft.stand_in,
         donor=draft.donor,
+        config=draft.config,
         tensors={tensor.name: tensor for tensor in draft.tensors},
         files=lay_out(draft.tensors, options.max_shard_size),
         outcome=_outcome(draft.tensors, budget_bytes, error),
@@ -199,7 +226,7 @@ def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: flo
 
 def _keep(plan: MergePlan, catalog: Catalog) -> None:
     """Write the plan to the catalog, unless it is there."""
-    record_checkpoints({id(e.checkpoint): e.checkpoint for e in plan.all_inputs}.values(), catalog)
+    record_checkpoints(plan.sources, catalog)
     if catalog.plan(plan.plan_id) is not None:
         return
     record = PlanRecord(
@@ -213,8 +240,14 @@ def _keep(plan: MergePlan, catalog: Catalog) -> None:
         random_seed=plan.random_seed,
         max_shard_size=plan.max_shard_size,
         inputs=tuple(
-            InputRecord(e.reference, str(e.checkpoint.path), e.role.value, e.identity, e.checkpoint.local_identity)
-            for e in plan.all_inputs
+            InputRecord(
+                entry.reference,
+                entry.model.title,
+                entry.role.value,
+                entry.identity,
+                entry.model.sources[0].local_identity if entry.model.merged is None else entry.identity,
+            )
+            for entry in plan.all_inputs
         ),
         created_ns=plan.created_ns,
     )

@@ -4,11 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mergefs.checkpoint.checkpoint import Checkpoint
 from mergefs.methods.contract import Method
 from mergefs.planner.layout import index_json
 from mergefs.planner.plan import MergePlan
-from mergefs.recipe.model import Recipe
 from mergefs.units import format_size
 
 
@@ -19,29 +17,13 @@ def documents(plan: MergePlan) -> dict[str, bytes]:
         "mergefs.json": _provenance(plan),
         "mergekit_config.yml": plan.recipe.text.encode(),
     }
-    config = _config(plan.donor, plan.recipe)
-    if config is not None:
-        files["config.json"] = config
+    if plan.config is not None:
+        files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     if len(plan.files) > 1:
         files["model.safetensors.index.json"] = index_json(
             plan.files, sum(tensor.nbytes for tensor in plan.tensors.values())
         )
     return files
-
-
-def _config(donor: Checkpoint, recipe: Recipe) -> bytes | None:
-    """Return config.json with the dtype of the recipe, or None where the donor's own can stay as it is."""
-    dtype = recipe.out_dtype or recipe.dtype
-    if dtype is None:
-        return None
-    config = dict(donor.config)
-    if all(config.get(key) == dtype.torch_name for key in ("dtype", "torch_dtype") if key in config) and (
-        "dtype" in config or "torch_dtype" in config
-    ):
-        return None
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    config.update(dict.fromkeys(keys, dtype.torch_name))
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _provenance(plan: MergePlan) -> bytes:

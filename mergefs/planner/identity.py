@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from mergefs.methods.plugins import Origin
 from mergefs.planner.plan import PlanInput, TensorPlan
-from mergefs.recipe.model import Recipe
+from mergefs.recipe.definition import Recipe
 from mergefs.recipe.settings import Settings
 
 _LOCAL = "local-"
@@ -32,15 +32,13 @@ def plan_identity(
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
-        "format": 1,
+        "format": 2,
         "method": recipe.method,
         "dtype": recipe.dtype.name if recipe.dtype else None,
         "out_dtype": recipe.out_dtype.name if recipe.out_dtype else None,
         "parameters": _plain(recipe.parameters),
-        "models": [
-            {"identity": entry.identity, "role": entry.role.value, "parameters": _plain(listed.parameters)}
-            for entry, listed in zip(inputs, recipe.inputs(), strict=True)
-        ],
+        "models": [{"identity": entry.identity, "role": entry.role.value} for entry in inputs],
+        "modules": _structure(recipe),
         "stand_in": stand_in.identity if stand_in else None,
         "budget_bytes": budget_bytes,
         "random_seed": random_seed,
@@ -52,6 +50,33 @@ def plan_identity(
     digest = blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=16)
     local = any(entry.identity.startswith(_LOCAL) for entry in everything)
     return (_LOCAL if local else "") + digest
+
+
+def _structure(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return what is merged as JSON types; models are numbers in the order of ``recipe.inputs()``."""
+    number = {entry.model: index for index, entry in enumerate(recipe.inputs())}
+    return [
+        {
+            "name": module.name,
+            "parameters": _plain(module.parameters),
+            "slices": [
+                {
+                    "base": number.get(part.base) if part.base else None,
+                    "parameters": _plain(part.parameters),
+                    "sources": [
+                        {
+                            "model": number[source.model],
+                            "layers": source.layers,
+                            "parameters": _plain(source.parameters),
+                        }
+                        for source in part.inputs()
+                    ],
+                }
+                for part in module.slices
+            ],
+        }
+        for module in recipe.modules
+    ]
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -2,36 +2,65 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.checkpoint.checkpoint import Checkpoint
+from mergefs.checkpoint.checkpoint import WeightSource
+from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
+from mergefs.checkpoint.source import AuxiliaryFile
 from mergefs.methods.contract import Method, TensorContext
-from mergefs.recipe.model import Recipe
+from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
-from mergefs.statistics.pair import Location
+from mergefs.sources.place import Place, Role
+
+FileContent: TypeAlias = AuxiliaryFile | bytes
+"""A file of a model's directory: one that lies there, or the bytes of a generated one."""
 
 
-class Role(Enum):
-    """How an input takes part, and so who pays for its bytes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class InputModel:
+    """A model that a recipe names, opened. Nothing but headers and small files has been read.
 
-    EXPERT = "expert"
-    BASE = "base"
+    ``title`` names it in messages. ``tensors`` are sorted by name. ``files`` is what its directory has beside the
+    weights, by name: files, or the bytes of generated ones. ``sources`` are the directories that its bytes come from.
+    ``identity`` is that of its contents once they are known, else a local one. ``merged`` is the plan of a model that
+    is itself the result of a merge, of the same recipe file.
+    """
+
+    title: str
+    tensors: Mapping[str, Place]
+    config: Mapping[str, Any]
+    files: Mapping[str, FileContent]
+    sources: tuple[WeightSource, ...]
+    identity: str
+    merged: "MergePlan | None" = None
+
+    @property
+    def number_of_layers(self) -> int | None:
+        """The number of layers (of the text model, where there are several), or None when config.json is silent."""
+        return number_of_layers(self.config)
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        return ties_embeddings(self.config, self.tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanInput:
-    """One model of the recipe, opened. ``identity`` is that of its contents once known, else the local one."""
+    """One model of the recipe, opened, and how it takes part."""
 
     reference: str
-    checkpoint: Checkpoint
+    model: InputModel
     role: Role
-    identity: str
+
+    @property
+    def identity(self) -> str:
+        """The identity of the model's contents once known, else the local one."""
+        return self.model.identity
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +82,21 @@ class TensorPlan:
     """How one tensor of the merged model comes to be.
 
     ``places`` says where the tensor lies in each input of the merge, ``stand_in`` where the bytes of a block that is
-    not bought come from (the base, or what ``--base`` names). ``context`` is None for tensors that are copied from
-    ``places[0]`` (integers, masks). ``selection`` is None when everything is read.
+    not bought come from (the base, or what ``--base`` names). ``method`` and ``context`` are None for tensors that are
+    copied from ``places[0]`` (integers, masks), which those ``alike`` must equal. ``selection`` is None when everything
+    is read.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     compute: DType
-    places: tuple[Location, ...]
+    places: tuple[Place, ...]
     roles: tuple[Role, ...]
-    stand_in: Location | None
+    stand_in: Place | None
+    method: Method[Any] | None
     context: TensorContext | None
+    alike: tuple[Place, ...] = ()
     selection: Selection | None = None
 
     @property
@@ -79,45 +111,43 @@ class TensorPlan:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes that all experts hold of this tensor, as far as the merge reads them."""
-        if self.context is None:
-            return self.places[0].tensor.nbytes if self.roles[0] is Role.EXPERT else 0
-        return sum(p.tensor.nbytes for p, role in zip(self.places, self.roles, strict=True) if role is Role.EXPERT)
+        """Bytes that reading all of this tensor takes from experts."""
+        return sum(place.total_bytes_read(Role.EXPERT) for place in self.places)
 
     @property
     def base_bytes(self) -> int:
         """Bytes that one full read takes from the base."""
-        if self.context is None:
-            return 0 if self.roles[0] is Role.EXPERT else self.places[0].tensor.nbytes
-        if Role.BASE in self.roles:
-            return self.places[self.roles.index(Role.BASE)].tensor.nbytes
-        if self.selection is None or self.stand_in is None:
-            return 0
-        needed: NDArray[np.bool_] = np.logical_not(self.selection.read.all(axis=0))
-        return block_bytes(self.grid, needed, self.stand_in.tensor.dtype.itemsize)
+        return self._stand_in_bytes(Role.BASE) + sum(
+            self.planned_bytes(index, Role.BASE) for index in range(len(self.places))
+        )
 
     @property
     def planned_expert_bytes(self) -> int:
         """Bytes that one full read takes from the experts."""
         if self.selection is None:
             return self.expert_bytes
-        return sum(self.planned_bytes(index) for index, role in enumerate(self.roles) if role is Role.EXPERT)
+        return self._stand_in_bytes(Role.EXPERT) + sum(
+            self.planned_bytes(index, Role.EXPERT) for index in range(len(self.places))
+        )
 
-    def planned_bytes(self, index: int) -> int:
-        """Bytes that one full read takes from the input at ``index``."""
-        place = self.places[index].tensor
+    def planned_bytes(self, index: int, role: Role = Role.EXPERT) -> int:
+        """Bytes of files of ``role`` that one full read takes for the input at ``index``."""
+        place = self.places[index]
         if self.selection is None:
-            return place.nbytes
-        return block_bytes(self.grid, self.selection.read[index], place.dtype.itemsize)
+            return place.total_bytes_read(role)
+        return int(place.bytes_read(self.grid, role)[self.selection.read[index]].sum())
 
+    def prepare(self) -> None:
+        """Let every place gather what reading it needs to know of whole tensors."""
+        for place in self.places:
+            place.prepare()
 
-def block_bytes(grid: BlockGrid, chosen: NDArray[np.bool_], itemsize: int) -> int:
-    """Return the bytes of the chosen blocks at ``itemsize`` bytes for each element."""
-    if not grid.count:
-        return 0
-    start, stop = grid.bounds(grid.count - 1)
-    whole = int(np.count_nonzero(chosen[:-1])) * grid.step
-    return (whole + (stop - start if chosen[-1] else 0)) * itemsize
+    def _stand_in_bytes(self, role: Role) -> int:
+        """Bytes that one full read takes from a stand-in that is not itself an input."""
+        if self.selection is None or self.stand_in is None or Role.BASE in self.roles or self.context is None:
+            return 0
+        needed: NDArray[np.bool_] = np.logical_not(self.selection.read.all(axis=0))
+        return int(self.stand_in.bytes_read(self.grid, role)[needed].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +177,18 @@ class BudgetOutcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergePlan:
-    """The whole merged model as a plan."""
+    """The whole merged model as a plan.
+
+    ``config`` is the content of its config.json, None where the donor's file stays as it is.
+    """
 
     plan_id: str
     recipe: Recipe
     method: Method[Any]
     inputs: tuple[PlanInput, ...]
     stand_in: PlanInput | None
-    donor: Checkpoint
+    donor: InputModel
+    config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorPlan]
     files: tuple[OutputFile, ...]
     outcome: BudgetOutcome
@@ -169,6 +203,12 @@ class MergePlan:
         return self.inputs if self.stand_in is None else (*self.inputs, self.stand_in)
 
     @property
-    def sources(self) -> tuple[Path, ...]:
-        """The directories that bytes come from."""
-        return tuple(entry.checkpoint.path for entry in self.all_inputs)
+    def sources(self) -> tuple[WeightSource, ...]:
+        """Every directory that bytes come from, each once."""
+        found = (source for entry in self.all_inputs for source in entry.model.sources)
+        return tuple({id(source): source for source in found}.values())
+
+    @property
+    def nested(self) -> tuple["MergePlan", ...]:
+        """The plans of inputs that are themselves merged."""
+        return tuple(entry.model.merged for entry in self.all_inputs if entry.model.merged is not None)

@@ -7,15 +7,15 @@ expert's sensitivity times the squared norm of its delta, and errors add up.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
-from mergefs.methods.contract import Method
-from mergefs.planner.plan import Role, Selection, TensorPlan
+from mergefs.planner.plan import Selection, TensorPlan
+from mergefs.sources.place import Role
 from mergefs.statistics.blocks import known_deltas
 
 
@@ -25,6 +25,10 @@ class SelectionResult:
 
     tensors: tuple[TensorPlan, ...]
     predicted_relative_error: float
+
+
+_WHOLE: Final = -1
+"""In the place of a block: all blocks of an input that cannot be bought singly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +42,19 @@ class _Items:
     gain: NDArray[np.float64]
 
 
-def select_blocks(tensors: Sequence[TensorPlan], method: Method[Any], catalog: Catalog, limit: int) -> SelectionResult:
+def select_blocks(tensors: Sequence[TensorPlan], catalog: Catalog, limit: int) -> SelectionResult:
     """Choose blocks for at most ``limit`` bytes; every delta must have its block statistics in the catalog.
 
-    Raises BudgetError where ``limit`` cannot pay for what must be copied from an expert.
+    Raises BudgetError where ``limit`` cannot pay for what must be read from an expert.
     """
     tensors = [_copied_from_the_base(tensor) for tensor in tensors]
-    items, free = _gather(tensors, method, catalog)
-    chosen = _choose(items, _left_after_copies(tensors, limit))
-    bought = [np.zeros((len(t.places), t.grid.count), dtype=np.bool_) for t in tensors]
+    gathered = [_Blocks(tensor, catalog) for tensor in tensors]
+    items = _gather(gathered)
+    chosen = _choose(items, _left_after_necessary(tensors, limit))
     for index in np.flatnonzero(chosen):
-        bought[items.tensor[index]][items.model[index], items.block[index]] = True
+        gathered[items.tensor[index]].buy(int(items.model[index]), int(items.block[index]))
     complete = bool(chosen.all())
-    selected = tuple(
-        replace(tensor, selection=_selection(tensor, bought[index], free[index], complete))
-        for index, tensor in enumerate(tensors)
-    )
+    selected = tuple(replace(blocks.tensor, selection=blocks.selection(complete)) for blocks in gathered)
     total = float(items.gain.sum())
     left = float(items.gain[~chosen].sum())
     return SelectionResult(selected, math.sqrt(left / total) if total > 0 else 0.0)
@@ -66,56 +67,98 @@ def _copied_from_the_base(tensor: TensorPlan) -> TensorPlan:
     return replace(tensor, places=(tensor.stand_in,), roles=(Role.BASE,))
 
 
-def _left_after_copies(tensors: Sequence[TensorPlan], limit: int) -> int:
-    """Return what is left of ``limit`` after the tensors that only an expert has, and that must be copied whole."""
+def _left_after_necessary(tensors: Sequence[TensorPlan], limit: int) -> int:
+    """Return what is left of ``limit`` after the bytes of experts that every plan reads.
+
+    These are tensors that only an expert has, and that must be copied whole, and what stands in for what is not
+    bought where it is computed from experts itself.
+    """
     for tensor in tensors:
-        if tensor.context is not None or tensor.expert_bytes == 0:
+        place = tensor.places[0] if tensor.context is None else tensor.stand_in
+        necessary = 0 if place is None else place.total_bytes_read(Role.EXPERT)
+        if place is None or necessary == 0:
             continue
-        limit -= tensor.expert_bytes
+        limit -= necessary
         if limit < 0:
             raise BudgetError(
-                f"{tensor.places[0].describe()} must be copied whole, since what stands in for the experts has no such "
-                f"tensor, and the budget falls {-limit} bytes short of that; raise the budget"
+                f"{place.describe()} must be read whole, since nothing stands in for it, and the budget falls {-limit} "
+                "bytes short of that; raise the budget"
             )
     return limit
 
 
-def _gather(
-    tensors: Sequence[TensorPlan], method: Method[Any], catalog: Catalog
-) -> tuple[_Items, list[NDArray[np.bool_]]]:
-    """Return the items that cost something, and for each tensor which blocks of which input equal the base's."""
-    columns: list[list[NDArray[Any]]] = [[], [], [], [], []]
-    free: list[NDArray[np.bool_]] = []
-    for number, tensor in enumerate(tensors):
-        grid = tensor.grid
-        equal = np.zeros((len(tensor.places), grid.count), dtype=np.bool_)
-        free.append(equal)
-        if tensor.context is None:
-            continue
-        sensitivity = method.sensitivity(tensor.context)
-        sizes = np.full(grid.count, grid.step, dtype=np.int64)
-        if grid.count:
-            start, stop = grid.bounds(grid.count - 1)
-            sizes[-1] = stop - start
+class _Blocks:
+    """The blocks of one tensor: what each costs and is worth, and which are bought."""
+
+    def __init__(self, tensor: TensorPlan, catalog: Catalog) -> None:
+        self.tensor = tensor
+        shape = (len(tensor.places), tensor.grid.count)
+        self._equal = np.zeros(shape, dtype=np.bool_)  # the base's bytes: never read
+        self._paid = np.zeros(shape, dtype=np.bool_)  # read: bought, or free of charge
+        self.costs: dict[int, NDArray[np.int64]] = {}
+        self.gains: dict[int, NDArray[np.float64]] = {}
+        method, context = tensor.method, tensor.context
+        if method is None or context is None or tensor.stand_in is None:
+            return
+        sensitivity = method.sensitivity(context)
         for model, (place, role) in enumerate(zip(tensor.places, tensor.roles, strict=True)):
-            if role is not Role.EXPERT or tensor.stand_in is None:
+            if role is not Role.EXPERT:
                 continue
             deltas = known_deltas(place, tensor.stand_in, tensor.compute, catalog)
             if deltas is None:
                 raise BudgetError(f"{place.describe()} has no block statistics; run `mergefs analyze` on the recipe")
-            equal[model] = deltas.changed == 0
-            blocks = np.flatnonzero(~equal[model])
-            columns[0].append(np.full(blocks.size, number, dtype=np.int32))
-            columns[1].append(np.full(blocks.size, model, dtype=np.int16))
-            columns[2].append(blocks.astype(np.int32))
-            columns[3].append(sizes[blocks] * place.tensor.dtype.itemsize)
-            columns[4].append(sensitivity[model] ** 2 * deltas.squared_norms[blocks].astype(np.float64))
+            self._equal[model] = deltas.changed == 0
+            costs = place.bytes_read(tensor.grid, Role.EXPERT)
+            self._paid[model] = (costs == 0) & ~self._equal[model]
+            self.costs[model] = np.where(self._equal[model], 0, costs)
+            self.gains[model] = sensitivity[model] ** 2 * deltas.squared_norms.astype(np.float64)
+
+    def buy(self, model: int, block: int) -> None:
+        """Buy a block of one input, or with ``_WHOLE`` all of them."""
+        if block == _WHOLE:
+            self._paid[model] = ~self._equal[model]
+        else:
+            self._paid[model, block] = True
+
+    def selection(self, complete: bool) -> Selection:
+        """Return which blocks are bought, read and computed; ``complete`` says that all of every tensor are."""
+        if self.tensor.context is None:
+            everything = np.ones_like(self._paid)
+            return Selection(everything, everything, np.ones(self.tensor.grid.count, dtype=np.bool_))
+        of_the_base = np.array([role is Role.BASE for role in self.tensor.roles], dtype=np.bool_)
+        bought, read = self._paid | self._equal, self._paid.copy()
+        bought[of_the_base] = True
+        read[of_the_base] = True
+        computed: NDArray[np.bool_] = np.full(self.tensor.grid.count, complete) | self._paid.any(axis=0)
+        return Selection(bought, read, computed)
+
+
+def _gather(gathered: Sequence[_Blocks]) -> _Items:
+    """Return the items that cost something."""
+    columns: list[list[NDArray[Any]]] = [[], [], [], [], []]
+    for number, blocks in enumerate(gathered):
+        for model, costs in blocks.costs.items():
+            gains = blocks.gains[model]
+            entries: list[NDArray[Any]]
+            if blocks.tensor.places[model].divisible:
+                wanted = np.flatnonzero(costs)
+                entries = [wanted.astype(np.int32), costs[wanted], gains[wanted]]
+            else:
+                whole = blocks.tensor.places[model].total_bytes_read(Role.EXPERT)
+                if whole == 0 or not costs.any():
+                    continue
+                entries = [np.array([_WHOLE], dtype=np.int32), np.array([whole]), np.array([gains.sum()])]
+            size = entries[0].size
+            columns[0].append(np.full(size, number, dtype=np.int32))
+            columns[1].append(np.full(size, model, dtype=np.int16))
+            for column, entry in zip(columns[2:], entries, strict=True):
+                column.append(entry)
     kinds = (np.int32, np.int16, np.int32, np.int64, np.float64)
     arrays = [
         np.concatenate(column) if column else np.zeros(0, dtype=kind)
         for column, kind in zip(columns, kinds, strict=True)
     ]
-    return _Items(*arrays), free
+    return _Items(*arrays)
 
 
 def _choose(items: _Items, limit: int) -> NDArray[np.bool_]:
@@ -136,17 +179,3 @@ def _choose(items: _Items, limit: int) -> NDArray[np.bool_]:
         if rest <= 0:
             break
     return chosen
-
-
-def _selection(tensor: TensorPlan, paid: NDArray[np.bool_], free: NDArray[np.bool_], complete: bool) -> Selection:
-    """Return the selection of one tensor from the blocks that are paid for and those that are free."""
-    base_rows = np.array([role is Role.BASE for role in tensor.roles], dtype=np.bool_)
-    bought = paid | free
-    bought[base_rows] = True
-    read = paid.copy()
-    read[base_rows] = True
-    if tensor.context is None:
-        everything = np.ones_like(bought)
-        return Selection(everything, everything, np.ones(tensor.grid.count, dtype=np.bool_))
-    computed: NDArray[np.bool_] = np.full(tensor.grid.count, complete) | paid.any(axis=0)
-    return Selection(bought, read, computed)

@@ -1,7 +1,7 @@
 """YAML read so that every value knows its line.
 
 PyYAML composes the nodes (nothing in a document is ever executed or constructed by tag); what comes out is a small
-immutable tree of scalars, sequences and tables. Duplicate keys, several documents, tags, and aliases that expand
+immutable tree of scalars, sequences and tables. Duplicate keys, tags, and aliases that expand
 to more than any recipe holds are refused here, so that what reads the tree need not think of them.
 """
 
@@ -101,17 +101,17 @@ def describe(item: Item) -> str:
     return str(item.value).lower() if isinstance(item.value, bool) else quote(item.value)
 
 
-def parse_document(text: str, origin: str) -> Item:
-    """Return the one YAML document in ``text``; ``origin`` names it in errors.
+def parse_documents(text: str, origin: str) -> tuple[Item, ...]:
+    """Return the YAML documents in ``text``, at least one; ``origin`` names it in errors. Empty ones are left out.
 
-    Raises RecipeError when it is too large, no YAML, empty, more than one document, or holds what a recipe must not.
+    Raises RecipeError when it is too large, no YAML, empty, or holds what a recipe must not.
     """
     if len(text) > MAXIMUM_SIZE:
         raise too_large(origin)
     loader: _LimitedLoader | None = None
     try:
         loader = _LimitedLoader(text, origin)
-        node = loader.only_document()
+        nodes = loader.documents()
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, origin) from None
     except yaml.reader.ReaderError as error:
@@ -125,7 +125,9 @@ def parse_document(text: str, origin: str) -> Item:
         raise Place(origin, line).error(
             "a number or a character code here is out of YAML's range; correct it"
         ) from None
-    return _Converter(origin).convert(node)
+    items = tuple(_Converter(origin).convert(node) for node in nodes)
+    # A file may end in `---`, after which there is an empty document.
+    return items if len(items) == 1 else tuple(item for item in items if not is_null(item)) or items[:1]
 
 
 def too_large(origin: str) -> RecipeError:
@@ -159,16 +161,15 @@ class _LimitedLoader(yaml.SafeLoader):
         self._depth = 0
         self._sizes: dict[int, int] = {}  # by id of node; a node in the making has none
 
-    def only_document(self) -> Node:
-        node = self.get_node() if self.check_node() else None
-        if node is None:
+    def documents(self) -> list[Node]:
+        nodes: list[Node] = []
+        while self.check_node():
+            node = self.get_node()
+            if node is not None:
+                nodes.append(node)
+        if not nodes:
             raise empty(self._origin)
-        if not self.check_event(yaml.StreamEndEvent):
-            raise self._place(self._next_event()).error(
-                "a second document starts here, and this version does not merge in several steps yet; "
-                "write one file for each merge, and name the directory of the first result in the second"
-            )
-        return node
+        return nodes
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         event = self._next_event()

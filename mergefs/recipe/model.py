@@ -4,96 +4,56 @@ What mergekit ignores without a word (misspelt keys, parameters of other methods
 that gives the line, the nearest known name, and the remedy.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from mergefs.checkpoint.dtypes import FLOAT_DTYPES_BY_TORCH_NAME, DType
 from mergefs.errors import MethodError, RecipeError
-from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
+from mergefs.methods.contract import BasePolicy, Specification
 from mergefs.methods.registry import method_names, specification
+from mergefs.recipe.definition import ModelInput, OutputModule, OutputSlice, Recipe
 from mergefs.recipe.document import (
     MAXIMUM_SIZE,
     Entry,
+    Item,
     Place,
     ScalarItem,
-    SequenceItem,
     TableItem,
     describe,
     empty,
     is_null,
-    parse_document,
+    parse_documents,
     too_large,
 )
+from mergefs.recipe.keys import check_keys
 from mergefs.recipe.references import ModelReference, locate, read_reference
-from mergefs.recipe.setting_reader import NO_SETTINGS, read_settings
-from mergefs.recipe.settings import Settings
-from mergefs.recipe.wording import listed, nearest, quote, suggestion
+from mergefs.recipe.setting_reader import read_settings
+from mergefs.recipe.structure import STRUCTURE_KEYS, StructureReader
+from mergefs.recipe.wording import listed, quote, suggestion
 
-__all__ = ["ModelInput", "ModelReference", "Recipe", "find_model", "load_recipe", "parse_recipe"]
+__all__ = [
+    "ModelInput",
+    "ModelReference",
+    "OutputModule",
+    "OutputSlice",
+    "Recipe",
+    "find_model",
+    "load_recipe",
+    "parse_recipe",
+]
 
-_KEYS: Final = ("merge_method", "models", "base_model", "dtype", "out_dtype", "parameters")
-_MODEL_KEYS: Final = ("model", "parameters")
 _KEEP_TOKENIZER: Final = (
     "remove the key, and the merged model keeps the tokenizer of the base (without one, of the first model)"
 )
+_KEYS: Final = ("merge_method", *STRUCTURE_KEYS, "base_model", "dtype", "out_dtype", "parameters", "name")
 _LATER_KEYS: Final = {
-    "slices": "this version does not assemble models from slices of layers yet; list whole models under 'models'",
-    "modules": "this version does not merge modules apart from each other yet; list whole models under 'models'",
     "tokenizer": f"this version does not build merged tokenizers yet; {_KEEP_TOKENIZER}",
     "tokenizer_source": f"this version does not build merged tokenizers yet; {_KEEP_TOKENIZER}",
     "chat_template": "this version does not write chat templates yet; remove the key, and the tokenizer's own stays",
-    "name": (
-        "names are for recipes of several steps, which this version does not do yet; remove the key, and write one "
-        "file for each merge"
-    ),
 }
-_LATER_MODEL_KEYS: Final = {
-    "layer_range": "this version does not merge ranges of layers yet; remove the key to merge whole models",
-    "lora": (
-        "this version does not apply adapters (LoRA) yet; merge the adapter into its model first, and name the result"
-    ),
-}
-# Only to tell a method that is still to come from a slip of the pen.
-_MERGEKIT_METHODS: Final = frozenset(
-    {
-        *("linear", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "passthrough", "model_stock"),
-        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"),
-        *("della", "della_linear", "sce", "ram", "ramplus_tl", "arcee_fusion"),
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """A model that takes part in a merge, with the settings of its own entry."""
-
-    model: ModelReference
-    parameters: Settings
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What to merge and how; ``models`` as they are listed.
-
-    ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directory`` the directory that it is in.
-    """
-
-    method: str
-    models: tuple[ModelInput, ...]
-    base: ModelReference | None
-    dtype: DType | None
-    out_dtype: DType | None
-    parameters: Settings
-    text: str
-    origin: str
-    directory: Path | None
-
-    def inputs(self) -> tuple[ModelInput, ...]:
-        """Return the models that take part: those listed, then the base when it is not among them."""
-        if self.base is None or any(entry.model == self.base for entry in self.models):
-            return self.models
-        return (*self.models, ModelInput(self.base, NO_SETTINGS))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -131,51 +91,109 @@ def find_model(reference: ModelReference, recipe: Recipe) -> Path:
 
 
 def parse_recipe(text: str, origin: str, directory: Path | None = None) -> Recipe:
-    """Return the recipe that ``text`` holds; every RecipeError starts with ``origin`` and, where known, the line."""
-    document = parse_document(text, origin)
+    """Return the recipe that ``text`` holds; every RecipeError starts with ``origin`` and, where known, the line.
+
+    Of several documents it is the one without a name, or else the one whose result no other merges; the others are
+    its ``inner`` recipes.
+    """
+    documents = [_table(item, origin) for item in parse_documents(text, origin)]
+    recipes = [_recipe(document, text, origin, directory) for document in documents]
+    if len(recipes) == 1:
+        return recipes[0]
+    return _joined(recipes, documents)
+
+
+def _table(document: Item, origin: str) -> TableItem:
     if is_null(document):
         raise empty(origin)
     if not isinstance(document, TableItem):
         raise document.place.error(
             f"a recipe is a mapping with merge_method and models, not {describe(document)}; write mergekit YAML"
         )
-    _check_keys(document, _KEYS, _LATER_KEYS, "a recipe")
+    return document
+
+
+def _recipe(document: TableItem, text: str, origin: str, directory: Path | None) -> Recipe:
+    """Return the recipe of one document, without those that it may refer to."""
+    check_keys(document, _KEYS, _LATER_KEYS, "a recipe")
     method = _method(document)
     base_entry = document.get("base_model")
     base = None if base_entry is None else read_reference(base_entry)
-    if base is None and method.base is BasePolicy.REQUIRED:
+    sliced = any(document.get(key) is not None for key in ("slices", "modules"))
+    if base is None and method.base is BasePolicy.REQUIRED and not sliced:
         raise document.place.error(
             f"merge_method {method.name} needs a base model; add `base_model: PATH` at top level"
         )
-    models_entry = document.get("models")
-    if models_entry is None:
-        raise document.place.error("the recipe has no models; list them under 'models', each as `- model: PATH`")
-    recipe = Recipe(
+    parameters = read_settings(document.get("parameters"), method, None)
+    return Recipe(
         method=method.name,
-        models=_models(models_entry, method),
+        modules=StructureReader(method, base, parameters).read(document),
         base=base,
         dtype=_dtype(document.get("dtype")),
         out_dtype=_dtype(document.get("out_dtype")),
-        parameters=read_settings(document.get("parameters"), method, None),
+        parameters=parameters,
         text=text,
         origin=origin,
         directory=directory,
+        name=_name(document.get("name")),
     )
-    _check_number_of_models(recipe, method, models_entry.place)
-    _check_required(recipe, method, models_entry)
-    return recipe
 
 
-def _check_keys(table: TableItem, known: tuple[str, ...], later: dict[str, str], what: str) -> None:
-    for entry in table:
-        if entry.key in later:
-            # mergekit writes keys that are not set as null or as empty lists.
-            if not is_null(entry.value) and not (isinstance(entry.value, SequenceItem) and not entry.value.items):
-                raise entry.place.error(f"{entry.key!r} cannot be used, because {later[entry.key]}")
-        elif entry.key not in known:
-            match = nearest(entry.key, (*known, *later))
-            hint = f"did you mean {match!r}?" if match else suggestion(entry.key, known)
-            raise entry.place.error(f"{quote(entry.key)} is not a key of {what}; {hint}")
+def _name(entry: Entry | None) -> str | None:
+    return None if entry is None else _text(entry, "a name that other documents of this file call the result by")
+
+
+def _joined(recipes: Sequence[Recipe], documents: Sequence[TableItem]) -> Recipe:
+    """Return the final recipe of several documents, with the others as its ``inner`` ones."""
+    named: dict[str, Recipe] = {}
+    final: Recipe | None = None
+    for recipe, document in zip(recipes, documents, strict=True):
+        if recipe.name is None and final is not None:
+            raise document.place.error(
+                "a second document without a name starts here, so it is not clear which is the result; give all but "
+                "one "
+                "of them a `name`"
+            )
+        if recipe.name is None:
+            final = recipe
+        elif recipe.name in named:
+            raise document.place.error(
+                f"the name {quote(recipe.name)} is taken by another document of this file; choose another one"
+            )
+        else:
+            named[recipe.name] = recipe
+    places = {recipe.name: document.place for recipe, document in zip(recipes, documents, strict=True)}
+    used = {name for recipe in recipes for name in _used(recipe, named)}
+    if final is None:
+        results = [recipe for name, recipe in named.items() if name not in used]
+        if len(results) != 1:
+            names = listed(quote(recipe.name) for recipe in results)
+            raise documents[0].place.error(
+                "every document of this file has a name and "
+                f"{'no other merges ' + names if results else 'all are merged'}"
+                ", so it is not clear which is the result; leave out the `name` of that one"
+            )
+        final = results[0]
+    return _with_inner(final, named, (), places)
+
+
+def _used(recipe: Recipe, named: Mapping[str, Recipe]) -> list[str]:
+    """Return the names of other documents that a recipe merges the results of."""
+    references = [*(entry.model for entry in recipe.inputs()), *recipe.bases]
+    return list(dict.fromkeys(reference.path for reference in references if reference.path in named))
+
+
+def _with_inner(
+    recipe: Recipe, named: Mapping[str, Recipe], outer: tuple[str | None, ...], places: Mapping[str | None, Place]
+) -> Recipe:
+    """Return ``recipe`` with the recipes that it merges the results of, each with its own."""
+    if recipe.name in outer:
+        circle = " -> ".join(str(name) for name in (*outer[outer.index(recipe.name) :], recipe.name))
+        raise places[recipe.name].error(f"the documents of this file merge each other in a circle ({circle}); break it")
+    if recipe.name is not None:
+        outer = (*outer, recipe.name)
+    inner = {name: _with_inner(named[name], named, outer, places) for name in _used(recipe, named)}
+    return replace(recipe, inner=MappingProxyType(inner))
 
 
 def _method(document: TableItem) -> Specification:
@@ -190,10 +208,6 @@ def _method(document: TableItem) -> Specification:
     if found is not None:
         return found
     known = method_names()
-    if name in _MERGEKIT_METHODS:
-        raise entry.value.place.error(
-            f"merge_method {name} is not in this version yet; it has {listed(known)}, so choose one of them"
-        )
     raise entry.value.place.error(f"{quote(name)} is not a merge_method; {suggestion(name, known)}")
 
 
@@ -213,72 +227,3 @@ def _text(entry: Entry, wanted: str) -> str:
     if not isinstance(item, ScalarItem) or not isinstance(item.value, str):
         raise item.place.error(f"{entry.key!r} must be {wanted}, not {describe(item)}; change it")
     return item.value
-
-
-def _models(entry: Entry, method: Specification) -> tuple[ModelInput, ...]:
-    if not isinstance(entry.value, SequenceItem):
-        raise entry.value.place.error(
-            f"'models' must be a list, not {describe(entry.value)}; write each model as `- model: PATH`"
-        )
-    if not entry.value.items:
-        raise entry.place.error("'models' is empty; list at least one model, each as `- model: PATH`")
-    inputs: list[ModelInput] = []
-    lines: dict[ModelReference, int] = {}
-    for item in entry.value.items:
-        if not isinstance(item, TableItem):
-            raise item.place.error(
-                f"an entry of 'models' must be a mapping, not {describe(item)}; write `- model: PATH`"
-            )
-        _check_keys(item, _MODEL_KEYS, _LATER_MODEL_KEYS, "a model's entry")
-        model_entry = item.get("model")
-        if model_entry is None:
-            raise item.place.error("this entry of 'models' names no model; add `model: PATH` to it")
-        model = read_reference(model_entry)
-        if model in lines:
-            raise model_entry.place.error(
-                f"model {quote(model.text)} is listed for the second time, first in line {lines[model]}; keep one "
-                "entry and add up the weights"
-            )
-        lines[model] = model_entry.place.line
-        inputs.append(ModelInput(model, read_settings(item.get("parameters"), method, model.text)))
-    return tuple(inputs)
-
-
-def _check_number_of_models(recipe: Recipe, method: Specification, place: Place) -> None:
-    number = len(recipe.inputs())
-    low, high = method.min_models, method.max_models
-    if number >= low and (high is None or number <= high):
-        return
-    bound = low if number < low else high
-    limit = "exactly" if low == high else "at least" if number < low else "at most"
-    names = listed(entry.model.text for entry in recipe.inputs()[:8])
-    raise place.error(
-        f"merge_method {method.name} takes {limit} {bound} {'model' if bound == 1 else 'models'}, the base "
-        f"counted, and this recipe has {number} ({names}{', ...' if number > 8 else ''}); "
-        f"{'add' if number < low else 'remove'} models"
-    )
-
-
-def _check_required(recipe: Recipe, method: Specification, models: Entry) -> None:
-    """Refuse, before any file is opened, a recipe that can have no value for a required parameter."""
-    items = models.value.items if isinstance(models.value, SequenceItem) else ()
-    places = dict(zip((entry.model for entry in recipe.models), (item.place for item in items), strict=True))
-    for parameter in method.parameters:
-        if not parameter.required or parameter.name in recipe.parameters:
-            continue
-        if parameter.scope is Scope.GLOBAL:
-            raise models.place.error(_missing(parameter, method, None))
-        for entry in recipe.inputs():
-            applies = parameter.scope is Scope.PER_MODEL or entry.model != recipe.base
-            if applies and parameter.name not in entry.parameters:
-                raise places.get(entry.model, models.place).error(_missing(parameter, method, entry.model))
-
-
-def _missing(parameter: Parameter, method: Specification, model: ModelReference | None) -> str:
-    need = f"merge_method {method.name} needs the parameter {parameter.name!r} ({parameter.meaning})"
-    if model is None:
-        return f"{need}; set it in the 'parameters' at top level"
-    return (
-        f"{need} for model {quote(model.text)}; set it in the 'parameters' of that model, or for all models in the "
-        "'parameters' at top level"
-    )

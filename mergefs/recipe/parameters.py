@@ -1,13 +1,13 @@
 """What the parameters of a recipe come to for one tensor."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import Parameter, Scope, Specification
-from mergefs.recipe.model import ModelInput, Recipe
+from mergefs.recipe.definition import ModelInput, OutputModule, OutputSlice, Recipe
 from mergefs.recipe.settings import (
     Condition,
     Conditions,
@@ -39,7 +39,7 @@ Values: TypeAlias = Mapping[str, float | bool | None]
 
 @dataclass(frozen=True, slots=True)
 class ResolvedParameters:
-    """The parameters of one tensor: those of the whole merge, and those of each of ``recipe.inputs()``.
+    """The parameters of one tensor: those of the whole merge, and those of each of the slice's ``inputs()``.
 
     A value is None where the parameter is left out and that has a meaning of its own. A parameter that belongs to
     experts alone is not among the base's.
@@ -49,28 +49,41 @@ class ResolvedParameters:
     per_model: tuple[Values, ...]
 
 
-def resolve_parameters(recipe: Recipe, specification: Specification, tensor_name: str, t: float) -> ResolvedParameters:
+def resolve_parameters(
+    recipe: Recipe,
+    specification: Specification,
+    tensor_name: str,
+    t: float,
+    module: OutputModule | None = None,
+    part: OutputSlice | None = None,
+    input_names: Sequence[str] | None = None,
+) -> ResolvedParameters:
     """Return what every parameter comes to for ``tensor_name`` at the layer position ``t`` (0 to 1).
 
-    The model's own entry comes before the top level, and that before the default. Raises RecipeError when a
-    required parameter has no value for this tensor.
+    It belongs to the slice ``part`` of ``module``, by default the first of each. A model's own entry comes before
+    its slice, that before the module, that before the top level, and that before the default. Parameters of a model
+    are filtered by the tensor's name in that model, which ``input_names`` gives where it is another. Raises RecipeError
+    when a required parameter has no value for this tensor.
     """
+    module = module or recipe.modules[0]
+    part = part or module.slices[0]
+    inputs = part.inputs()
+    names = input_names if input_names is not None else [tensor_name] * len(inputs)
+    outer = (part.parameters, module.parameters, recipe.parameters)
     shared = {
-        parameter.name: _resolve(parameter, (recipe.parameters,), recipe, None, tensor_name, t)
+        parameter.name: _resolve(parameter, outer, recipe, None, tensor_name, t)
         for parameter in specification.parameters
         if parameter.scope is Scope.GLOBAL
     }
     per_model = tuple(
         MappingProxyType(
             {
-                parameter.name: _resolve(
-                    parameter, (entry.parameters, recipe.parameters), recipe, entry, tensor_name, t
-                )
+                parameter.name: _resolve(parameter, (entry.parameters, *outer), recipe, entry, name, t)
                 for parameter in specification.parameters
-                if _applies(parameter, entry, recipe)
+                if _applies(parameter, entry, part)
             }
         )
-        for entry in recipe.inputs()
+        for entry, name in zip(inputs, names, strict=True)
     )
     return ResolvedParameters(MappingProxyType(shared), per_model)
 
@@ -83,14 +96,14 @@ def unmatched_filters(recipe: Recipe, tensor_names: Iterable[str]) -> tuple[str,
 
 
 def _all_filters(recipe: Recipe) -> Iterator[str]:
-    for settings in (*(entry.parameters for entry in recipe.models), recipe.parameters):
+    for settings in recipe.settings():
         for setting in settings.values():
             yield from filters(setting)
 
 
-def _applies(parameter: Parameter, entry: ModelInput, recipe: Recipe) -> bool:
+def _applies(parameter: Parameter, entry: ModelInput, part: OutputSlice) -> bool:
     if parameter.scope is Scope.PER_EXPERT:
-        return entry.model != recipe.base
+        return entry.model != part.base
     return parameter.scope is Scope.PER_MODEL
 
 

@@ -11,10 +11,8 @@ from mergefs.errors import RecipeError
 from mergefs.methods.contract import Parameter, Scope, Specification
 from mergefs.methods.registry import built_in_methods_with
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe, is_null
-from mergefs.recipe.settings import Condition, Conditions, Gradient, Scalar, Setting, Settings
+from mergefs.recipe.settings import NO_SETTINGS, Condition, Conditions, Gradient, Scalar, Setting, Settings
 from mergefs.recipe.wording import listed, nearest, quote
-
-NO_SETTINGS: Final[Settings] = MappingProxyType({})
 
 # The lax mode of the library that mergekit checks with: what it takes for a number or a truth value, we take.
 _FLOAT: Final = TypeAdapter(float)

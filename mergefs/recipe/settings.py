@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -35,6 +36,8 @@ class Conditions:
 
 Setting: TypeAlias = Scalar | Gradient | Conditions
 Settings: TypeAlias = Mapping[str, Setting]
+
+NO_SETTINGS: Final[Settings] = MappingProxyType({})
 
 
 def evaluate(setting: Setting, tensor_name: str, t: float) -> Scalar | None:

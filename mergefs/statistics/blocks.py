@@ -13,9 +13,9 @@ from mergefs.errors import NonFiniteError
 from mergefs.kernels.precision import Array, Raw, is_finite, load
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
+from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.identity import KEY_BYTES, digest, local_key, tensor_keys
-from mergefs.statistics.pair import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class BlockDeltas:
     changed: NDArray[np.uint32]
 
 
-def delta_keys(expert: Location, base: Location, compute: DType, catalog: Catalog) -> list[bytes]:
+def delta_keys(expert: Place, base: Place, compute: DType, catalog: Catalog) -> list[bytes]:
     """Return the keys that the block statistics of a delta may be kept under, the best first."""
     options = [tensor_keys(place, catalog) for place in (expert, base)]
     both = dict.fromkeys((tuple(keys[0] for keys in options), tuple(keys[-1] for keys in options)))
     return [digest("delta", compute.name, *keys) for keys in both]
 
 
-def known_deltas(expert: Location, base: Location, compute: DType, catalog: Catalog) -> BlockDeltas | None:
+def known_deltas(expert: Place, base: Place, compute: DType, catalog: Catalog) -> BlockDeltas | None:
     """Return the block statistics from the catalog, or None."""
     for key in delta_keys(expert, base, compute, catalog):
         record = catalog.delta(key)
@@ -45,22 +45,22 @@ def known_deltas(expert: Location, base: Location, compute: DType, catalog: Cata
 
 
 def analyze_tensor(
-    places: tuple[Location, ...], base: int, compute: DType, catalog: Catalog, reader: SourceReader
+    places: tuple[Place, ...], base: int, compute: DType, catalog: Catalog, reader: SourceReader
 ) -> None:
     """Read one tensor of a family once and keep its hashes and, against ``places[base]``, its block statistics.
 
     Raises NonFiniteError naming the first tensor that holds a NaN or an infinity.
     """
-    grid = BlockGrid.of(places[base].tensor.shape)
+    grid = BlockGrid.of(places[base].shape)
     norms = np.zeros((len(places), grid.count), dtype=np.float32)
     changed = np.zeros((len(places), grid.count), dtype=np.uint32)
     hashers = [_ContentHasher() for _ in places]
     for block, (start, stop) in enumerate(grid):
         raws = [place.read(reader, start, stop, Purpose.ANALYSIS) for place in places]
-        values = [load(raw, place.tensor.dtype, compute) for raw, place in zip(raws, places, strict=True)]
+        values = [load(raw, place.dtype, compute) for raw, place in zip(raws, places, strict=True)]
         for index, (raw, hasher) in enumerate(zip(raws, hashers, strict=True)):
             hasher.update(raw)
-            dtype = places[index].tensor.dtype
+            dtype = places[index].dtype
             if not is_finite(raw, dtype):
                 raise _non_finite(places[index], load(raw, dtype, dtype), start)
             if index != base:
@@ -80,14 +80,14 @@ def analyze_tensor(
             )
 
 
-def hash_tensor(place: Location, catalog: Catalog, reader: SourceReader) -> None:
+def hash_tensor(place: Place, catalog: Catalog, reader: SourceReader) -> None:
     """Read one tensor that has no deltas (integers, a model alone) and keep its hashes.
 
     Raises NonFiniteError naming it when it holds a NaN or an infinity.
     """
     hasher = _ContentHasher()
-    dtype = place.tensor.dtype
-    for start, stop in BlockGrid.of(place.tensor.shape):
+    dtype = place.dtype
+    for start, stop in BlockGrid.of(place.shape):
         raw = place.read(reader, start, stop, Purpose.ANALYSIS)
         if dtype.is_float and not is_finite(raw, dtype):
             raise _non_finite(place, load(raw, dtype, dtype), start)
@@ -112,7 +112,7 @@ class _ContentHasher:
         return ContentRecord(self._whole.digest(length=KEY_BYTES), b"".join(self._blocks))
 
 
-def _non_finite(place: Location, values: Array, start: int) -> NonFiniteError:
+def _non_finite(place: Place, values: Array, start: int) -> NonFiniteError:
     """Return the error that names the first bad element."""
     position = int(np.flatnonzero(~np.isfinite(values))[0])
     return NonFiniteError(

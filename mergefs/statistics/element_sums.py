@@ -10,12 +10,12 @@ from mergefs.kernels.precision import Precision, load
 from mergefs.methods.contract import Block, ElementSum
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
+from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.pair import Location
 
 
 def element_sums(
-    wanted: Sequence[ElementSum], places: Sequence[Location], compute: DType, reader: SourceReader
+    wanted: Sequence[ElementSum], places: Sequence[Place], compute: DType, reader: SourceReader
 ) -> list[float]:
     """Return the sum of each wanted quantity, from one pass over the inputs that they look at.
 
@@ -24,9 +24,9 @@ def element_sums(
     precision = Precision(compute)
     models = sorted({model for statistic in wanted for model in statistic.models})
     parts: list[list[float]] = [[] for _ in wanted]
-    for start, stop in BlockGrid.of(places[models[0]].tensor.shape):
+    for start, stop in BlockGrid.of(places[models[0]].shape):
         values = {
-            model: load(places[model].read(reader, start, stop, Purpose.ANALYSIS), places[model].tensor.dtype, compute)
+            model: load(places[model].read(reader, start, stop, Purpose.ANALYSIS), places[model].dtype, compute)
             for model in models
         }
         for statistic, gathered in zip(wanted, parts, strict=True):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from blake3 import blake3
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.checkpoint.checkpoint import Checkpoint
-from mergefs.statistics.pair import Location
+from mergefs.checkpoint.checkpoint import WeightSource
+from mergefs.sources.place import Place, StoredTensor
 
 KEY_BYTES = 24
 
@@ -22,20 +22,32 @@ def digest(*parts: bytes | str | int) -> bytes:
     return hasher.digest(length=KEY_BYTES)
 
 
-def local_key(location: Location) -> bytes:
-    """Return the key of a tensor by the file that it lies in: header, size, times and inode."""
-    shard = location.checkpoint.shards[location.tensor.shard]
-    found = shard.fingerprint
-    return digest(
-        "local", shard.header.digest, found.size, found.mtime_ns, found.ctime_ns, found.inode, location.tensor.name
-    )
+def local_key(place: Place) -> bytes:
+    """Return the key of a tensor by the files that it comes from: header, size, times and inode."""
+    if isinstance(place, StoredTensor):
+        found = place.shard.fingerprint
+        return digest(
+            "local",
+            place.shard.header.digest,
+            found.size,
+            found.mtime_ns,
+            found.ctime_ns,
+            found.inode,
+            place.tensor.name,
+        )
+    return digest("computed", place.formula, *map(local_key, place.parts))
 
 
-def tensor_keys(location: Location, catalog: Catalog) -> tuple[bytes, ...]:
+def tensor_keys(place: Place, catalog: Catalog) -> tuple[bytes, ...]:
     """Return the keys that statistics of this tensor may be kept under, the best first."""
-    local = local_key(location)
+    local = local_key(place)
     content = catalog.content(local)
-    return (local,) if content is None else (content.digest, local)
+    if content is not None:
+        return (content.digest, local)
+    if isinstance(place, StoredTensor):
+        return (local,)
+    best = digest("computed", place.formula, *(tensor_keys(part, catalog)[0] for part in place.parts))
+    return tuple(dict.fromkeys((best, local)))
 
 
 def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]]) -> str:
@@ -49,14 +61,14 @@ def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]])
     return digest(*parts).hex()
 
 
-def checkpoint_identity(checkpoint: Checkpoint, catalog: Catalog) -> str:
+def checkpoint_identity(checkpoint: WeightSource, catalog: Catalog) -> str:
     """Return the content identity of ``checkpoint`` where every tensor has been hashed, else the local one."""
     known: list[tuple[str, str, tuple[int, ...], bytes]] = []
     recorded = catalog.checkpoint(checkpoint.local_identity)
     if recorded is not None and recorded.content is not None:
         return recorded.content
     for tensor in checkpoint.tensors.values():
-        content = catalog.content(local_key(Location(checkpoint, tensor)))
+        content = catalog.content(local_key(StoredTensor(checkpoint.shards[tensor.shard], tensor)))
         if content is None:
             return checkpoint.local_identity
         known.append((tensor.name, tensor.dtype.name, tensor.shape, content.digest))

@@ -22,11 +22,12 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.plugins import Origin
 from mergefs.methods.registry import method_origin
+from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
 from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import digest, tensor_keys
-from mergefs.statistics.pair import Location, TensorPair
+from mergefs.statistics.pair import TensorPair
 
 
 class StatisticsService:
@@ -35,9 +36,9 @@ class StatisticsService:
     def __init__(self, catalog: Catalog, reader: SourceReader) -> None:
         self._catalog = catalog
         self._reader = reader
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an input may itself be a merge that needs statistics
 
-    def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Location, ...]) -> Answers:
+    def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Place, ...]) -> Answers:
         """Return every statistic that ``method`` wants of one tensor, whose places in each input are ``places``."""
         origin = method_origin(method.specification.name)
         wanted = method.statistics(context)
@@ -50,7 +51,7 @@ class StatisticsService:
     def answers(
         self,
         wanted: tuple[Statistic, ...],
-        places: tuple[Location, ...],
+        places: tuple[Place, ...],
         base: int | None,
         compute: DType,
         origin: Origin | None = None,
@@ -69,7 +70,7 @@ class StatisticsService:
     def _gather(
         self,
         wanted: tuple[Statistic, ...],
-        places: tuple[Location, ...],
+        places: tuple[Place, ...],
         base: int | None,
         compute: DType,
         origin: Origin | None,
@@ -83,7 +84,7 @@ class StatisticsService:
         return found
 
     def _sums(
-        self, wanted: tuple[ElementSum, ...], places: tuple[Location, ...], compute: DType, origin: Origin | None
+        self, wanted: tuple[ElementSum, ...], places: tuple[Place, ...], compute: DType, origin: Origin | None
     ) -> dict[Statistic, Answer]:
         """Return sums from the catalog, and those that it lacks from one pass over the models that they look at."""
         found: dict[Statistic, Answer] = {}
@@ -108,7 +109,7 @@ class StatisticsService:
     def _answer(
         self,
         statistic: MagnitudeThreshold | MagnitudeRescale,
-        inputs: tuple[Location, ...],
+        inputs: tuple[Place, ...],
         base: int | None,
         compute: DType,
     ) -> Answer:
@@ -128,7 +129,7 @@ class StatisticsService:
         self._catalog.keep_number(keys[0], value)
         return value
 
-    def _keys(self, kind: str, places: tuple[Location, ...], compute: DType, argument: int | str) -> list[bytes]:
+    def _keys(self, kind: str, places: tuple[Place, ...], compute: DType, argument: int | str) -> list[bytes]:
         """Return the keys that a statistic may be kept under, the best first."""
         options = [tensor_keys(place, self._catalog) for place in places]
         best = tuple(keys[0] for keys in options)

@@ -15,7 +15,8 @@ from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Threshold
 from mergefs.sources.ledger import Purpose
-from mergefs.statistics.pair import Location, TensorPair
+from mergefs.sources.place import Place
+from mergefs.statistics.pair import TensorPair
 
 BINS = 1 << 15
 _SMALLEST_SUM = 1e-7
@@ -51,14 +52,14 @@ def _fused_histogram(pair: TensorPair) -> NDArray[np.int64]:
     return counts
 
 
-def _in_compute_dtype(pair: TensorPair, place: Location, start: int, stop: int) -> Raw:
+def _in_compute_dtype(pair: TensorPair, place: Place, start: int, stop: int) -> Raw:
     """Return the bytes of a run of elements, converted where they are stored in another dtype.
 
     As ``TensorPair.deltas`` converts them, with the payload of NaN: a rank may lie among the NaN, and the later passes
     look for its key.
     """
     raw = place.read(pair.reader, start, stop, Purpose.ANALYSIS)
-    stored = place.tensor.dtype
+    stored = place.dtype
     if stored == pair.compute:
         return raw
     with np.errstate(all="ignore"):
