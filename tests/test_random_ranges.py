@@ -207,7 +207,7 @@ def test_slices_that_go_backward_are_refused_as_by_torch(model: MergedModel) -> 
 def test_a_slice_reads_no_more_than_the_blocks_that_hold_it(served: Served, tmp_path: Path) -> None:
     with mergefs.open(served.recipe, catalog=tmp_path / "catalog") as opened:
         name = "model.embed_tokens.weight"
-        opened.files.engine.gather_statistics(name)
+        opened.files.engine.prepare_tensor(name)
         opened.get_slice(name)[5:7]
         plan = opened.plan.tensors[name]
         assert opened.bytes_read["expert_bytes_read"] == 2 * plan.grid.step * plan.dtype.itemsize

@@ -240,7 +240,7 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
             ("'override_architecture'", "remove"),
         ),
         # structure
-        ("models:", "slices:", 4, ("'model' is not a key of a slice", "sources")),
+        ("models:", "slices:", 4, ("'model' cannot be used here", "sources: [{")),
         ("models:", "modules:", 4, ("'modules' must be a mapping", "text_decoder")),
         ("dtype: bfloat16", "slices: [{sources: []}]", 10, ("'slices'", "'models' in line 3", "remove the other")),
         ("- model: math", "- model: math\n    layer_range: [0, 2]", 5, ("'layer_range'", "whole model", "slices:")),

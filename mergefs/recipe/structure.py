@@ -23,6 +23,10 @@ _MISPLACED_IN_MODELS: Final = {
     ),
     "lora": "an adapter is a part of the model's reference; write `model: PATH+ADAPTER`",
 }
+_MISPLACED_IN_SLICES: Final = dict.fromkeys(
+    ("model", "layer_range"),
+    "the models of a slice stand in its list of sources, as `- sources: [{model: PATH, layer_range: [0, 8]}]`",
+)
 _MISPLACED_IN_SOURCES: Final = {"lora": _MISPLACED_IN_MODELS["lora"]}
 
 
@@ -96,7 +100,7 @@ class StructureReader:
     def _slice(self, item: Item, outer: tuple[Settings, ...]) -> OutputSlice:
         if not isinstance(item, TableItem):
             raise item.place.error(f"a slice must be a mapping, not {describe(item)}; write `- sources: [...]`")
-        check_keys(item, _SLICE_KEYS, {}, "a slice")
+        check_keys(item, _SLICE_KEYS, _MISPLACED_IN_SLICES, "a slice")
         entry = item.get("sources")
         if entry is None or not isinstance(entry.value, SequenceItem) or not entry.value.items:
             raise item.place.error(
