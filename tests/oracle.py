@@ -7,18 +7,21 @@ which of several equal magnitudes survives, which elements a random mask keeps, 
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from mergekit import sparsify
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.merge_methods import generalized_task_arithmetic, model_stock, slerp
 from mergekit.options import MergeOptions
+from mergekit.scripts import multimerge
 from tensors import Tensors, load_model
 
 from mergefs.kernels.random import UNIFORM_BITS, stream_key, uniform_integers
@@ -260,3 +263,17 @@ def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
         elif method == "slerp":
             stack.enter_context(exact_angles())
         yield
+
+
+def mergekit_multi(documents: Sequence[Mapping[str, Any]]) -> Tensors:
+    """Return what ``mergekit-multi`` writes as the result of several documents, of which one has no name."""
+    text = yaml.safe_dump_all([dict(document) for document in documents])
+    options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=True)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        configurations, dependencies = multimerge.load_config(text, str(place / "inner"))
+        tasks = multimerge.make_tasks(
+            configurations, dependencies, options, str(place / "inner"), str(place / "out"), lazy=False
+        )
+        Executor(tasks, math_device="cpu", storage_device="cpu").execute()
+        return load_model(place / "out")

@@ -61,10 +61,11 @@ def write_recipe(
     return write_document(path, recipe_document(merge, family, dtype, out_dtype))
 
 
-def write_document(path: Path, document: Mapping[str, Any]) -> Path:
-    """Write ``document`` as a recipe to ``path`` and return it. JSON is YAML."""
+def write_document(path: Path, document: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``document``, or several, as a recipe to ``path`` and return it. JSON is YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    documents = [document] if isinstance(document, Mapping) else document
+    path.write_text("\n---\n".join(json.dumps(one, indent=2) for one in documents) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,6 +1,6 @@
 """Tensors of whole models, and what it means that they are equal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ def unit_in_the_last_place(values: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponent.double()) * information.eps
 
 
-def merge_by_mergefs(directory: Path, document: Mapping[str, Any], **options: Any) -> Tensors:
+def merge_by_mergefs(
+    directory: Path, document: Mapping[str, Any] | Sequence[Mapping[str, Any]], **options: Any
+) -> Tensors:
     """Return all tensors of the merged model, through ``mergefs.open``."""
     with mergefs.open(write_document(directory / "recipe.yml", document), **options) as model:
         return {name: model.get_tensor(name) for name in model.keys()}  # noqa: SIM118 (it is no mapping)

@@ -238,6 +238,10 @@ class Method(ABC, Generic[CoefficientsT]):
     def check(self, context: TensorContext) -> None:
         """Raise RecipeError where the parameters of this tensor make no sense together."""
 
+    def remarks(self, context: TensorContext) -> tuple[str, ...]:
+        """Return what a user should know of the parameters of this tensor: clauses that follow its name and a colon."""
+        return ()
+
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """Return what has to be known about the whole tensor; nothing, for methods that look at elements alone."""
         return ()

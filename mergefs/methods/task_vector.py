@@ -41,6 +41,7 @@ _NAN_BITS: Final = 0x7FFFFFFF
 """The largest pattern of a float32 magnitude; only a NaN reaches it."""
 
 _SMALLEST_SUM: Final = 1e-7
+_SMALLEST_WEIGHT: Final = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,13 @@ class TaskVector(Method[TaskVectorCoefficients]):
                     f"rows of at most {LONGEST_ROW}; choose a method that does not work by rows"
                 )
 
+    def remarks(self, context: TensorContext) -> tuple[str, ...]:
+        """Tell weights that sum to zero, where the sum would be the divisor."""
+        if not context.shared["normalize"] or self.consensus or not context.experts:
+            return ()
+        vanishes = abs(sum(context.number("weight", model) for model in context.experts)) < _SMALLEST_WEIGHT
+        return ("the weights sum to 0, so `normalize` divides by nothing",) if vanishes else ()
+
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """The threshold of each expert that a density prunes by magnitude, and its rescaling if wanted."""
         wanted: list[Statistic] = []
@@ -149,7 +157,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
             for expert in experts:
                 total = total + precision.carrier(expert.weight)
             rounded = precision.scalar(float(total))
-            divisor = 1.0 if abs(rounded) < 1e-8 else float(rounded)
+            divisor = 1.0 if abs(rounded) < _SMALLEST_WEIGHT else float(rounded)
         scale = context.number("lambda")
         return TaskVectorCoefficients(
             base=context.base,
@@ -257,7 +265,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
         """The weights after normalisation and lambda; an estimate where signs are elected."""
         weights = [0.0 if m == context.base else context.number("weight", m) for m in range(context.models)]
         total = sum(weights)
-        divisor = total if context.shared["normalize"] and abs(total) >= 1e-8 else 1.0
+        divisor = total if context.shared["normalize"] and abs(total) >= _SMALLEST_WEIGHT else 1.0
         return tuple(weight * context.number("lambda") / divisor for weight in weights)
 
 

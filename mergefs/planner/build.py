@@ -25,7 +25,7 @@ from mergefs.planner.tensors import TensorPlanner, require_known_filters
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.definition import Recipe
-from mergefs.recipe.parameters import unmatched_filters
+from mergefs.recipe.parameters import gradient_notes, unmatched_filters
 from mergefs.recipe.references import ModelReference
 from mergefs.sources.place import Role
 
@@ -116,8 +116,9 @@ class Drafter:
         assembly = assemble(recipe, models, donor)
         planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed).plan(assembly)
         require_known_filters(recipe, unmatched_filters(recipe, planned.names))
+        notes = (*planned.notes, *gradient_notes(recipe, donor.number_of_layers))
         config = merged_config(donor, recipe, assembly.layers)
-        return Draft(recipe, tuple(opened.values()), stand_in, donor, config, planned.tensors, planned.notes)
+        return Draft(recipe, tuple(opened.values()), stand_in, donor, config, planned.tensors, notes)
 
     def _merge(self, recipe: Recipe) -> MergePlan:
         """Plan a merge whose result another recipe merges: whole, since the budget is spent by the other."""

@@ -24,7 +24,7 @@ _LISTS_OF_NUMBERS: Final = frozenset(
     {"mlp_only_layers", "cross_attention_layers", "moe_layers", "moe_layer_indices", "attn_layer_indices"}
     | {"full_attn_idxs", "global_attn_layers"}
 )
-_NO_LISTS_OF_LAYERS: Final = ("token_id", "architectures", "rope", "labels", "keys_to_ignore", "mrope", "_sizes")
+_NO_LISTS_OF_LAYERS: Final = ("token_id", "architectures", "labels", "keys_to_ignore", "mrope_section")
 _COUNTED: Final = ("max_window_layers", "num_mamba_layers")
 """Numbers that mean all layers where they equal the number of layers."""
 

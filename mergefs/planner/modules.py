@@ -42,4 +42,6 @@ def module_names(tensor_names: Iterable[str]) -> tuple[str, ...]:
     """Return names that a recipe may use for parts of a model with these tensors."""
     names = tuple(tensor_names)
     known = [name for name, pattern in _KNOWN.items() if any(map(pattern.match, names))]
+    if not any(name.startswith("shared.") for name in names):
+        known = [name for name in known if name != "shared"]  # an output head alone is a part of the decoder
     return (*known, *layer_stacks(names, None), DEFAULT)

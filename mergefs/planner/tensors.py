@@ -58,6 +58,7 @@ class TensorPlanner:
         self._donor = donor
         self._seed = random_seed
         self._notes: list[str] = []
+        self._remarks: dict[str, list[str]] = {}
 
     def plan(self, assembly: Assembly) -> Planned:
         """Return a plan for every tensor.
@@ -77,6 +78,9 @@ class TensorPlanner:
         for name in assembly.unlisted:
             planned[name] = self.copied(name, [self._donor.tensors[name]], 0)
             self.note(f"{name}: copied from {self._donor.title}, because no module of the recipe has it")
+        for text, concerned in self._remarks.items():
+            others = f" (and {len(concerned) - 1} more)" if len(concerned) > 1 else ""
+            self.note(f"{concerned[0]}{others}: {text}")
         in_order = sorted(planned, key=lambda name: (_natural_order(name), name))
         return Planned(tuple(planned[name] for name in in_order), tuple(dict.fromkeys(self._notes)), frozenset(names))
 
@@ -103,6 +107,10 @@ class TensorPlanner:
     def model(self, reference: ModelReference) -> InputModel:
         """Return an opened model."""
         return self._models[reference]
+
+    def remark(self, text: str, name: str) -> None:
+        """Keep what a method says of the parameters of a tensor; of many tensors it is told once."""
+        self._remarks.setdefault(text, []).append(name)
 
     def note(self, text: str) -> None:
         """Keep something that is worth telling."""
@@ -148,6 +156,8 @@ class _GroupPlanner:
         """Return the plans of all tensors."""
         expected = dict(self._group.names[self._group.reference])
         for name in _untied(self._group.names, self._reference, self._planner.donor):
+            expected.setdefault(name, name)
+        for name in self._optional_extras(expected):
             expected.setdefault(name, name)
         self._refuse_extra_tensors(expected)
         tied = self._planner.donor.ties_embeddings
@@ -255,6 +265,8 @@ class _GroupPlanner:
             method.check(context)
         except RecipeError as error:
             raise RecipeError(f"{recipe.origin}: {error}") from error
+        for remark in method.remarks(context):
+            planner.remark(remark, name)
         return TensorPlan(
             name=name,
             shape=places[0].shape,
@@ -266,6 +278,18 @@ class _GroupPlanner:
             method=method,
             context=context,
         )
+
+    def _optional_extras(self, expected: Mapping[str, str]) -> list[str]:
+        """Return biases that the reference lacks and that the method can do without it."""
+        extras = {name for given in self._group.names for name in given if name not in expected}
+        specification = self._planner.method.specification
+        wanted = []
+        for name in sorted(filter(_OPTIONAL.search, extras)):
+            present = sum(name in given for given in self._group.names)
+            alone = present == 1 and specification.few_models is FewModels.TAKE_ONE
+            if alone or (self._base is None and present >= specification.min_models):
+                wanted.append(name)
+        return wanted
 
     def _refuse_extra_tensors(self, expected: Mapping[str, str]) -> None:
         """Refuse tensors that the reference lacks, but for those that can be rebuilt: a note says they are left out."""

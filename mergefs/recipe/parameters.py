@@ -17,6 +17,7 @@ from mergefs.recipe.settings import (
     Settings,
     evaluate,
     filters,
+    longest_gradient,
 )
 from mergefs.recipe.wording import quote
 
@@ -93,6 +94,28 @@ def unmatched_filters(recipe: Recipe, tensor_names: Iterable[str]) -> tuple[str,
     names = tuple(tensor_names)
     wanted = dict.fromkeys(_all_filters(recipe))
     return tuple(text for text in wanted if not any(text in name for name in names))
+
+
+def gradient_notes(recipe: Recipe, number_of_layers: int | None) -> tuple[str, ...]:
+    """Return what is worth telling of gradients: those with more values than there are layers to take them.
+
+    ``number_of_layers`` is that of whole models.
+    """
+    notes: list[str] = []
+    for module in recipe.modules:
+        for part in module.slices:
+            start, stop = part.sources[0].layers or (0, number_of_layers or 0)
+            levels = (*(source.parameters for source in part.sources), part.parameters, module.parameters)
+            for settings in (*levels, recipe.parameters):
+                for name, setting in settings.items():
+                    length = longest_gradient(setting)
+                    if 0 < stop - start < length:
+                        notes.append(
+                            f"{recipe.origin}: a gradient of {name!r} has {length} values for {stop - start} layers, "
+                            "so "
+                            "not every value is met"
+                        )
+    return tuple(dict.fromkeys(notes))
 
 
 def _all_filters(recipe: Recipe) -> Iterator[str]:

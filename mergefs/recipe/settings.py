@@ -63,6 +63,13 @@ def filters(setting: Setting) -> Iterator[str]:
                 yield condition.filter
 
 
+def longest_gradient(setting: Setting) -> int:
+    """Return the number of values of the longest gradient in ``setting``, 0 where there is none."""
+    if isinstance(setting, Conditions):
+        return max((longest_gradient(condition.value) for condition in setting.conditions), default=0)
+    return len(setting.values) if isinstance(setting, Gradient) else 0
+
+
 def _at(values: tuple[Scalar, ...], t: float) -> Scalar | None:
     if not values:
         return None
