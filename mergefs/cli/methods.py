@@ -5,44 +5,77 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mergefs.methods.contract import Parameter, Specification
+    from mergefs.methods.contract import Specification
+    from mergefs.methods.registry import RegisteredMethod
+
+_OURS = "mergefs"
 
 
 @click.command(name="methods")
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def command(name: str | None, as_json: bool) -> None:
-    """List the merge methods, or explain the one called NAME: its parameters, defaults and what it needs."""
-    from mergefs.cli.output import print_json, print_table
-    from mergefs.errors import UsageError
-    from mergefs.methods.registry import METHODS, specification
+    """List the merge methods, or explain the one called NAME: its parameters, what it needs, and its smallest recipe.
 
+    Methods that other installed packages register are among them.
+    """
     if name is None:
-        found = [method.specification for method in METHODS.values()]
-        if as_json:
-            print_json([_described(one) for one in found])
-        else:
-            print_table(("method", "what it does"), [(one.name, one.summary) for one in found])
-        return
-    one = specification(name)
+        _list(as_json)
+    else:
+        _explain(name, as_json)
+
+
+def _list(as_json: bool) -> None:
+    """Print all methods; what cannot be used is told on stderr."""
+    from mergefs.cli.output import print_json, print_note, print_table
+    from mergefs.methods.registry import registered_methods
+
+    usable, problems = registered_methods()
+    if as_json:
+        print_json([_described(one) for one in usable])
+    elif any(one.origin for one in usable):
+        rows = [(one.specification.name, str(one.origin or _OURS), one.specification.summary) for one in usable]
+        print_table(("method", "from", "what it does"), rows)
+    else:
+        print_table(("method", "what it does"), [(one.specification.name, one.specification.summary) for one in usable])
+    for problem in problems:
+        print_note(str(problem))
+
+
+def _explain(name: str, as_json: bool) -> None:
+    """Print what a method declares. Raises UsageError when there is none of that name."""
+    from mergefs.cli.output import print_json
+    from mergefs.errors import UsageError
+    from mergefs.methods.registry import find_method, method_names
+    from mergefs.recipe.wording import nearest
+
+    one = find_method(name)
     if one is None:
-        raise UsageError(f"there is no merge method {name!r}; `mergefs methods` lists those that there are")
+        near = nearest(name, method_names())
+        hint = f"did you mean {near!r}?" if near else "`mergefs methods` lists those that there are"
+        raise UsageError(f"there is no merge method {name!r}; {hint}")
     if as_json:
         print_json(_described(one))
     else:
-        _explain(one)
+        _print(one)
 
 
-def _described(one: "Specification") -> dict[str, object]:
-    """Return a specification for programs."""
+def _described(one: "RegisteredMethod") -> dict[str, object]:
+    """Return a method for programs."""
+    from mergefs.methods.explanation import example_recipe
+
+    specification = one.specification
     return {
-        "name": one.name,
-        "title": one.title,
-        "summary": one.summary,
-        "reference": one.reference,
-        "base_model": one.base.value,
-        "min_models": one.min_models,
-        "max_models": one.max_models,
+        "name": specification.name,
+        "title": specification.title,
+        "summary": specification.summary,
+        "reference": specification.reference,
+        "package": None if one.origin is None else one.origin.distribution,
+        "package_version": None if one.origin is None else one.origin.version,
+        "base_model": specification.base.value,
+        "min_models": specification.min_models,
+        "max_models": specification.max_models,
+        "needs": specification.needs,
         "parameters": [
             {
                 "name": parameter.name,
@@ -54,35 +87,43 @@ def _described(one: "Specification") -> dict[str, object]:
                 "maximum": parameter.maximum,
                 "meaning": parameter.meaning,
             }
-            for parameter in one.parameters
+            for parameter in specification.parameters
         ],
+        "example": example_recipe(specification),
     }
 
 
-def _explain(one: "Specification") -> None:
-    """Print a specification for people."""
-    from mergefs.cli.output import print_pairs, print_table
+def _print(one: "RegisteredMethod") -> None:
+    """Print a method for people."""
+    from mergefs.cli.output import print_pairs
+    from mergefs.methods.explanation import example_recipe, models_in_words, needs_in_words
 
-    click.echo(f"{one.title}: {one.summary}\n")
-    models = f"at least {one.min_models}" if one.max_models is None else f"{one.min_models} to {one.max_models}"
-    models = str(one.min_models) if one.min_models == one.max_models else models
-    print_pairs({"base_model": one.base.value, "models": f"{models}, the base among them", "source": one.reference})
-    if one.parameters:
-        rows = [(p.name, p.scope.value, _default(p), _range(p), p.meaning) for p in one.parameters]
-        print_table(("parameter", "scope", "default", "range", "meaning"), rows)
+    specification = one.specification
+    click.echo(f"{specification.title}: {specification.summary}\n")
+    print_pairs(
+        {
+            "base_model": specification.base.value,
+            "models": models_in_words(specification),
+            "needs to know": needs_in_words(specification),
+            "described at": specification.reference,
+            "from": str(one.origin or _OURS),
+        }
+    )
+    _print_parameters(specification)
+    click.echo("\nThe smallest recipe:\n")
+    click.echo("".join(f"    {line}\n" for line in example_recipe(specification).splitlines()), nl=False)
 
 
-def _default(parameter: "Parameter") -> str:
-    """Return the default as a recipe writes it."""
-    if parameter.required:
-        return "required"
-    return "none" if parameter.default is None else str(parameter.default).lower()
+def _print_parameters(specification: "Specification") -> None:
+    """Print the table of parameters, where there are any."""
+    from mergefs.cli.output import print_table
+    from mergefs.methods.explanation import default_in_words, range_in_words
 
-
-def _range(parameter: "Parameter") -> str:
-    """Return which values are taken."""
-    if parameter.kind == "bool":
-        return "true, false"
-    bounds = (parameter.minimum, parameter.maximum)
-    low, high = ("" if bound is None else f"{bound:g}" for bound in bounds)
-    return f"{low} to {high}" if low and high else f"from {low}" if low else f"up to {high}" if high else "any"
+    if not specification.parameters:
+        click.echo("\nIt has no parameters.")
+        return
+    rows = [
+        (one.name, one.scope.value, default_in_words(one), range_in_words(one), one.meaning)
+        for one in specification.parameters
+    ]
+    print_table(("parameter", "scope", "default", "range", "meaning"), rows)

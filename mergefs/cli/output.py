@@ -15,6 +15,11 @@ def print_json(content: object) -> None:
     click.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
+def print_note(sentence: str) -> None:
+    """Print something worth knowing on stderr, where it is in no program's way."""
+    click.echo(f"mergefs: note: {sentence}", err=True)
+
+
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Print names and values in two aligned columns."""
     width = max((len(name) for name in pairs), default=0)

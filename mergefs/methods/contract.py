@@ -67,7 +67,8 @@ class Parameter:
 class Specification:
     """The part of a method that recipes are checked against.
 
-    ``min_models`` and ``max_models`` count the distinct models of a recipe, the base among them.
+    ``min_models`` and ``max_models`` count the distinct models of a recipe, the base among them. ``needs`` says in
+    words which statistics the method asks for, and when; it is empty where it asks for none.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Specification:
     min_models: int = 1
     max_models: int | None = None
     few_models: FewModels = FewModels.REFUSED
+    needs: str = ""
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the parameter called ``name``, or None."""

@@ -50,6 +50,7 @@ class ModelStock(Method[ModelStockCoefficients]):
         base=BasePolicy.REQUIRED,
         min_models=3,
         few_models=FewModels.FALL_BACK_ON_BASE,
+        needs="the norms of the deltas and their inner products, unless `filter_wise` is set",
     )
 
     def check(self, context: TensorContext) -> None:

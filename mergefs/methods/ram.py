@@ -101,6 +101,7 @@ class RamPlus(Ram):
             _EPSILON,
         ),
         base=BasePolicy.REQUIRED,
+        needs="how many elements each expert changed, alone and together with others",
     )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:

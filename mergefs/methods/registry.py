@@ -55,6 +55,11 @@ class RegisteredMethod:
     method: Method[Any]
     origin: Origin | None
 
+    @property
+    def specification(self) -> Specification:
+        """What the method declares."""
+        return self.method.specification
+
 
 def find_method(name: str) -> RegisteredMethod | None:
     """Return the method called ``name``, or None when there is none.

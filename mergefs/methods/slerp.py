@@ -49,6 +49,7 @@ class Slerp(Method[SlerpCoefficients]):
         min_models=2,
         max_models=2,
         few_models=FewModels.TAKE_ONE,
+        needs="the norms of both tensors and their inner product",
     )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:

@@ -396,6 +396,16 @@ def _parameters(normalize: bool, rescale: bool, sparsifier: Sparsifier) -> tuple
     )
 
 
+_PRUNED: Final = "where `density` is below 1; with `rescale` also the sums of magnitudes before and after pruning"
+_NEEDS: Final[dict[Sparsifier, str]] = {
+    "none": "",
+    "magnitude": f"the smallest magnitude of each delta that is kept, {_PRUNED}",
+    "outliers": f"the smallest and the largest magnitude of each delta that are kept, {_PRUNED}",
+    "random": "",
+    "ranked": "with `rescale`, the sums of magnitudes of each delta before and after pruning",
+}
+
+
 def _member(name: str, title: str, reference: str, summary: str, sparsifier: Sparsifier, consensus: bool) -> TaskVector:
     """Declare one member of the family."""
     specification = Specification(
@@ -405,6 +415,7 @@ def _member(name: str, title: str, reference: str, summary: str, sparsifier: Spa
         summary=summary,
         parameters=_parameters(name in ("ties", "della"), sparsifier in ("random", "ranked"), sparsifier),
         base=BasePolicy.REQUIRED,
+        needs=_NEEDS[sparsifier],
     )
     return TaskVector(specification, sparsifier, consensus)
 

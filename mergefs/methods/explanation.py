@@ -1,0 +1,67 @@
+"""What a method's declaration says, in words and as the smallest recipe that uses it."""
+
+from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
+
+
+def needs_in_words(specification: Specification) -> str:
+    """Return what must be known of whole tensors before one can be merged."""
+    return specification.needs or "nothing: every element is merged on its own"
+
+
+def models_in_words(specification: Specification) -> str:
+    """Return how many models a recipe may have."""
+    low, high = specification.min_models, specification.max_models
+    number = f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
+    base = "" if specification.base is BasePolicy.OPTIONAL else ", the base among them"
+    return f"{number}{base}"
+
+
+def default_in_words(parameter: Parameter) -> str:
+    """Return the default as a recipe writes it."""
+    if parameter.required:
+        return "required"
+    return "none" if parameter.default is None else _in_yaml(parameter.default)
+
+
+def range_in_words(parameter: Parameter) -> str:
+    """Return which values are taken."""
+    if parameter.kind == "bool":
+        return "true, false"
+    bounds = (parameter.minimum, parameter.maximum)
+    low, high = ("" if bound is None else f"{bound:g}" for bound in bounds)
+    return f"{low} to {high}" if low and high else f"from {low}" if low else f"up to {high}" if high else "any"
+
+
+def example_recipe(specification: Specification) -> str:
+    """Return the smallest sensible recipe that uses the method, as YAML."""
+    with_base = specification.base is BasePolicy.REQUIRED
+    least = max(1, specification.min_models - with_base)
+    most = None if specification.max_models is None else specification.max_models - with_base
+    listed = max(least, 2) if most is None else max(least, min(2, most))
+    required = [parameter for parameter in specification.parameters if parameter.required]
+    lines = [f"merge_method: {specification.name}", *(["base_model: path/to/base"] if with_base else []), "models:"]
+    for number in range(1, listed + 1):
+        lines.append(f"- model: path/to/model-{number}")
+        lines += _settings([p for p in required if p.scope is not Scope.GLOBAL], "  ")
+    lines += _settings([p for p in required if p.scope is Scope.GLOBAL], "")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(parameters: list[Parameter], indent: str) -> list[str]:
+    """Return a ``parameters`` table, or nothing where it would be empty."""
+    rows = [f"{indent}  {parameter.name}: {_in_yaml(_some_value(parameter))}" for parameter in parameters]
+    return [f"{indent}parameters:", *rows] if rows else []
+
+
+def _some_value(parameter: Parameter) -> float | bool:
+    """Return a value that a parameter may have."""
+    if parameter.kind == "bool":
+        return True
+    low, high = parameter.minimum, parameter.maximum
+    if low is not None and high is not None:
+        return (low + high) / 2
+    return max(low, 0.5) if low is not None else min(high, 0.5) if high is not None else 0.5
+
+
+def _in_yaml(value: float | bool) -> str:
+    return str(value).lower()

@@ -1,0 +1,77 @@
+"""Checks of what a method asks to know of whole tensors, and of what it tells the planner."""
+
+from typing import Any
+
+import numpy as np
+
+from mergefs.methods.contract import ElementSum, Method
+from mergefs.testing.answers import terms_of
+from mergefs.testing.cases import vary
+from mergefs.testing.choices import Choices
+from mergefs.testing.trial import Trial, for_each_trial
+
+
+def check_statistics(method: Method[Any]) -> None:
+    """What is asked for can be answered, is the same each time, and does not depend on where blocks end."""
+    for_each_trial(method, _check_statistics)
+
+
+def _check_statistics(trial: Trial, choices: Choices) -> None:
+    wanted = trial.statistics()
+    trial.require(wanted == trial.statistics(), "it asks for other statistics the second time")
+    trial.require(
+        not wanted or bool(trial.method.specification.needs.strip()),
+        "it asks for statistics, and `needs` of its specification does not say which",
+    )
+    for statistic in wanted:
+        if isinstance(statistic, ElementSum):
+            _check_terms(trial, statistic, choices)
+
+
+def _check_terms(trial: Trial, statistic: ElementSum, choices: Choices) -> None:
+    context = trial.case.context
+    cut = context.row * choices.integer(0, context.size // context.row)
+    with trial.calling(f"the sum {statistic.name!r}"):
+        whole = np.ravel(terms_of(statistic, trial.case))
+        pieces = [np.ravel(terms_of(statistic, trial.case, *piece)) for piece in ((0, cut), (cut, context.size))]
+    trial.require(
+        np.array_equal(np.concatenate(pieces), whole, equal_nan=True),
+        f"the terms of the sum {statistic.name!r} are others when a block ends after element {cut}",
+    )
+
+
+def check_statistic_keys(method: Method[Any]) -> None:
+    """Two sums that the catalog takes for the same, by name, models and arguments, are the same quantity."""
+    for_each_trial(method, _check_keys, finite=True)
+
+
+def _check_keys(trial: Trial, choices: Choices) -> None:
+    other = Trial(trial.method, vary(trial.method, trial.case, choices))
+    first, second = _sums(trial), _sums(other)
+    for statistic, others in ((one, second[one]) for one in first if one in second):
+        with trial.calling(f"the sum {statistic.name!r}"):
+            terms = terms_of(statistic, trial.case), terms_of(others, other.case)
+        trial.require(
+            np.array_equal(*terms, equal_nan=True),
+            f"the sum {statistic.name!r} of models {statistic.models} with arguments {statistic.arguments} is another "
+            f"quantity for {other.case.describe()}; all that its terms depend on belongs into `arguments`",
+        )
+
+
+def _sums(trial: Trial) -> dict[ElementSum, ElementSum]:
+    """Return the sums that a method asks for, by themselves: equal ones are the same for the catalog."""
+    return {statistic: statistic for statistic in trial.statistics() if isinstance(statistic, ElementSum)}
+
+
+def check_sensitivity(method: Method[Any]) -> None:
+    """There is a finite sensitivity for each input, and none for the base."""
+    for_each_trial(method, _check_sensitivity, finite=True)
+
+
+def _check_sensitivity(trial: Trial, choices: Choices) -> None:
+    context = trial.case.context
+    with trial.calling("sensitivity"):
+        found = tuple(trial.method.sensitivity(context))
+    trial.require(len(found) == context.models, f"it has {len(found)} sensitivities for {context.models} inputs")
+    trial.require(bool(np.isfinite(found).all()), f"its sensitivities {found} are not all finite")
+    trial.require(context.base is None or found[context.base] == 0, f"its sensitivity to the base is not 0: {found}")
