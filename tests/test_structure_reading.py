@@ -1,5 +1,7 @@
 """Stacks and merges of merges are read as any other: in ranges, in parallel, within a budget, mounted, written."""
 
+import json
+import math
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Family, family
+from checkpoints import Family, family, write_model
 from mounting import mounted_recipes, run_mergefs
 from recipes import write_document
+from tensors import load_model
 from test_structure import chained, sliced, source
 
 import mergefs
@@ -123,6 +126,19 @@ def test_a_budget_that_a_merged_base_alone_exceeds_is_refused(models: Family, tm
         mergefs.open(
             write_document(tmp_path / "recipe.yml", [inner, outer]), budget="10%", catalog=tmp_path / "catalog"
         )
+
+
+def test_a_nan_deep_inside_is_named_with_its_file(models: Family, tmp_path: Path) -> None:
+    tensors = load_model(models.experts[0])
+    tensors["lm_head.weight"][1, 2] = math.nan
+    broken = write_model(tmp_path / "broken", tensors, json.loads((models.experts[0] / "config.json").read_text()))
+    inner, outer = chained(Family(models.base, (broken, models.experts[1])), "inner")
+    recipe = write_document(tmp_path / "recipe.yml", [inner, {**outer, "parameters": {"normalize": False}}])
+    done = run_mergefs("materialize", recipe, tmp_path / "out", state=tmp_path)
+    assert done.returncode == 1
+    assert f"{broken}/" in done.stderr
+    assert "tensor 'lm_head.weight' holds some" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mount_shows_the_result_alone(models: Family, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import DType
 from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
@@ -142,7 +143,7 @@ class Engine:
         coefficients = self._coefficients[tensor.name]
         merged = run_kernel(tensor.method, coefficients, complete, tensor.compute, tensor.dtype, start)
         if not is_finite(merged, tensor.dtype):
-            self._report_non_finite(tensor, complete)
+            self._report_non_finite(tensor, complete, block)
         return merged
 
     def _copy(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
@@ -190,14 +191,14 @@ class Engine:
                 answers = self._resources.statistics.all_answers(method, context, tensor.places)
                 self._coefficients[tensor.name] = method.coefficients(context, answers)
 
-    def _report_non_finite(self, tensor: TensorPlan, inputs: tuple[tuple[Raw, Any], ...]) -> None:
+    def _report_non_finite(self, tensor: TensorPlan, inputs: tuple[tuple[Raw, DType], ...], block: int) -> None:
         """Say, once for each tensor, that a merge has NaN or infinity in it and where they come from."""
-        guilty = [
-            place.describe()
-            for (raw, dtype), place in zip(inputs, tensor.places, strict=True)
-            if not is_finite(raw, dtype)
-        ]
-        cause = f"{guilty[0]} holds some" if guilty else f"values outgrow {tensor.dtype.name}"
+        places = zip(inputs, tensor.places, strict=True)
+        culprit = next((place for (raw, dtype), place in places if not is_finite(raw, dtype)), None)
+        if culprit is None:
+            cause = f"values outgrow {tensor.dtype.name}"
+        else:
+            cause = f"{self._origin_of_non_finite(culprit, tensor, block).describe()} holds some"
         sentence = (
             f"the merge of tensor {tensor.name!r} has NaN or infinity in it: {cause}; repair or leave out that model, "
             "or choose another dtype"
@@ -209,6 +210,14 @@ class Engine:
                 return
             self._reported.add(tensor.name)
         _LOG.warning("%s", sentence)
+
+    def _origin_of_non_finite(self, place: Place, tensor: TensorPlan, block: int) -> Place:
+        """Return the tensor in a file that NaN or infinity of a computed place come from, or else the place itself."""
+        alike = (part for part in place.parts if part.elements == place.elements and part.dtype.is_float)
+        for part in alike:
+            if not is_finite(self._bytes(part, tensor, block, Purpose.ANALYSIS), part.dtype):
+                return self._origin_of_non_finite(part, tensor, block)
+        return place
 
 
 def _working_bytes(tensor: TensorPlan) -> int:
