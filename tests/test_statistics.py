@@ -26,9 +26,9 @@ from mergefs.sources.ledger import Ledger
 from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.blocks import analyze_tensor, known_deltas
-from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import checkpoint_identity
 from mergefs.statistics.pair import TensorPair
+from mergefs.statistics.quantities import TensorStream, answer_quantities
 from mergefs.statistics.service import StatisticsService
 from mergefs.statistics.thresholds import BINS, magnitude_histogram, rescale_factor, threshold
 
@@ -167,7 +167,10 @@ def test_an_inner_product_is_that_of_the_values_in_the_compute_dtype(tmp_path: P
     dtype: torch.dtype = getattr(torch, COMPUTE[compute].torch_name)
     numbers = [[Fraction(v) for v in tensor.to(dtype).double().flatten().tolist()] for tensor in (first, second)]
     pairs = ((0, 0), (0, 1), (1, 0))
-    sums = element_sums([inner_product(*pair) for pair in pairs], places, COMPUTE[compute], reader)
+    answers = answer_quantities(
+        [inner_product(*pair) for pair in pairs], TensorStream(places, COMPUTE[compute], reader)
+    )
+    sums = [answers[inner_product(*pair)] for pair in pairs]
     for (a, b), found in zip(pairs, sums, strict=True):
         exact = sum(x * y for x, y in zip(numbers[a], numbers[b], strict=True))
         scale = math.sqrt(sum(x * x for x in numbers[a]) * sum(y * y for y in numbers[b]))

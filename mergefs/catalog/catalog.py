@@ -20,6 +20,7 @@ from mergefs.catalog.records import (
     PlanRecord,
     ThresholdRecord,
     TransactionRecord,
+    VectorRecord,
     VocabularyRecord,
 )
 from mergefs.errors import CatalogError
@@ -33,6 +34,7 @@ TABLES: Final = (
     "histograms",
     "thresholds",
     "numbers",
+    "vectors",
     "vocabularies",
     "plans",
     "entries",
@@ -138,6 +140,14 @@ class Catalog:
     def keep_vocabulary(self, key: bytes, record: VocabularyRecord) -> None:
         """Keep a merged vocabulary at the next flush."""
         self._keep("vocabularies", key, record)
+
+    def vector(self, key: bytes) -> VectorRecord | None:
+        """Return a statistic that is several numbers."""
+        return self._get("vectors", key, VectorRecord)
+
+    def keep_vector(self, key: bytes, record: VectorRecord) -> None:
+        """Keep a statistic that is several numbers at the next flush."""
+        self._keep("vectors", key, record)
 
     def flush(self) -> None:
         """Write everything that waits to be kept, in one transaction."""

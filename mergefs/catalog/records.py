@@ -61,6 +61,12 @@ class VocabularyRecord(msgspec.Struct, frozen=True, array_like=True):
     notes: tuple[str, ...]
 
 
+class VectorRecord(msgspec.Struct, frozen=True, array_like=True):
+    """An answer that is several float64."""
+
+    values: bytes
+
+
 class CheckpointRecord(msgspec.Struct, frozen=True, array_like=True):
     """A model directory that has been seen, by its local identity; ``content`` once every tensor has been hashed."""
 

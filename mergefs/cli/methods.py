@@ -75,6 +75,9 @@ def _described(one: "RegisteredMethod") -> dict[str, object]:
         "base_model": specification.base.value,
         "min_models": specification.min_models,
         "max_models": specification.max_models,
+        "min_experts": specification.min_experts,
+        "max_experts": specification.max_experts,
+        "few_models": specification.few_models.value,
         "needs": specification.needs,
         "parameters": [
             {

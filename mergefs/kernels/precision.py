@@ -70,6 +70,38 @@ class Precision:
         keys = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
         return keys >> np.uint32(16) if self.dtype == BF16 else keys
 
+    def order_keys(self, values: Array) -> NDArray[np.unsignedinteger[Any]]:
+        """Return unsigned integers of ``order_bits`` bits that order as the values do; NaN, any of them, is above all.
+
+        Both zeros have the same key.
+        """
+        bits = self.order_bits
+        width = {16: np.uint16, 32: np.uint32, 64: np.uint64}[bits]
+        sign = width(1 << (bits - 1))
+        number = np.float16 if self.dtype == F16 else self.carrier
+        patterns = np.ascontiguousarray(values + self.carrier(0), dtype=number).view(f"u{np.dtype(number).itemsize}")
+        if self.dtype == BF16:
+            patterns = (patterns >> np.uint32(16)).astype(np.uint16)
+        keys: NDArray[np.unsignedinteger[Any]] = np.where(patterns & sign, ~patterns, patterns | sign)
+        keys[np.isnan(values)] = np.iinfo(width).max
+        return keys
+
+    def of_order_key(self, key: int) -> float:
+        """Return the value that has ``key`` among the ``order_keys``."""
+        bits = self.order_bits
+        sign = 1 << (bits - 1)
+        pattern = key - sign if key & sign else (1 << bits) - 1 - key
+        if self.dtype == BF16:
+            pattern <<= 16
+        number = {16: (np.uint16, np.float16), 32: (np.uint32, np.float32), 64: (np.uint64, np.float64)}
+        width, kind = number[32 if self.dtype == BF16 else bits]
+        return float(np.array([pattern], dtype=width).view(kind)[0])
+
+    @property
+    def order_bits(self) -> int:
+        """How many bits an order key has: 16, 32 or 64."""
+        return self.dtype.bits
+
     @property
     def key_bits(self) -> int:
         """How many bits a magnitude key has: 15 or 31."""

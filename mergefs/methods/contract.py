@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class Parameter:
     """
 
     name: str
-    kind: Literal["float", "bool"]
+    kind: Literal["float", "int", "bool"]
     scope: Scope
     meaning: str
     required: bool = False
@@ -67,8 +67,9 @@ class Parameter:
 class Specification:
     """The part of a method that recipes are checked against.
 
-    ``min_models`` and ``max_models`` count the distinct models of a recipe, the base among them. ``needs`` says in
-    words which statistics the method asks for, and when; it is empty where it asks for none.
+    ``min_models`` and ``max_models`` count the distinct models of a recipe, the base among them; ``min_experts`` and
+    ``max_experts`` those that are not the base. ``needs`` says in words which statistics the method asks for, and when;
+    it is empty where it asks for none.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Specification:
     base: BasePolicy
     min_models: int = 1
     max_models: int | None = None
+    min_experts: int = 0
+    max_experts: int | None = None
     few_models: FewModels = FewModels.REFUSED
     needs: str = ""
 
@@ -124,10 +127,10 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class ElementSum:
-    """Asks for the sum, in float64, of a quantity over all elements of a tensor. The answer is a float.
+class Quantity:
+    """A number for each element of a tensor, or for each row, that follows from the same elements of some inputs.
 
-    ``name`` and ``arguments`` say which quantity, and are what the answer is kept under: ``terms`` must depend on
+    ``name`` and ``arguments`` say which number, and are what answers about it are kept under: ``terms`` must depend on
     nothing else but a block of whole rows of the inputs ``models``, in that order.
     """
 
@@ -137,28 +140,91 @@ class ElementSum:
     arguments: tuple[float, ...] = ()
 
 
-Statistic = MagnitudeThreshold | MagnitudeRescale | ElementSum
+@dataclass(frozen=True, slots=True)
+class ElementSum(Quantity):
+    """Asks for the sum, in float64, of a quantity over all elements of a tensor. The answer is a float."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementSums(Quantity):
+    """Asks for the sums, in float64, of ``count`` quantities that are computed together.
+
+    Their terms are an array with a row for each of them. The answer is a ``Vector`` of ``count`` sums.
+    """
+
+    count: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ElementThreshold(Quantity):
+    """Asks for the threshold that keeps the ``keep`` largest values of a quantity of the compute dtype.
+
+    The answer is a ``Threshold``, whose keys are ``Precision.order_keys`` of the quantity.
+    """
+
+    keep: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ElementQuantile(Quantity):
+    """Asks for the value of a quantity of the compute dtype that ``rank`` other elements come before in rising order.
+
+    Where values are equal, any of them may come first; NaN comes last. The answer is a float.
+    """
+
+    rank: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RowValues(Quantity):
+    """Asks for a quantity that has one value for each row of ``row`` elements. The answer is a ``Vector``."""
+
+    row: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSums(Quantity):
+    """Asks for the sums, in float64, of a quantity over all elements whose flat indices are equal modulo ``columns``.
+
+    The answer is a ``Vector`` of ``columns`` sums.
+    """
+
+    columns: int = field(kw_only=True)
+
+
+Statistic = (
+    MagnitudeThreshold
+    | MagnitudeRescale
+    | ElementSum
+    | ElementSums
+    | ElementThreshold
+    | ElementQuantile
+    | RowValues
+    | ColumnSums
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Which magnitudes survive: keys above ``key``, and those equal to it at flat indices below ``cut``.
+    """Which elements survive: those with keys above ``key``, and those equal to it at flat indices below ``cut``.
 
-    A key is the bit pattern of the magnitude as an unsigned integer: of the 16 bit float where the merge computes in
-    BF16 or F16, of the float32 otherwise. ``cut`` is the element count of the tensor where all of them survive.
+    A key is an unsigned integer that orders as the values do. For magnitudes it is their bit pattern: of the 16 bit
+    float where the merge computes in BF16 or F16, of the float32 otherwise. ``cut`` is the element count of the tensor
+    where all that are equal to ``key`` survive.
     """
 
     key: int
     cut: int
 
-    def keeps(self, keys: NDArray[np.uint32], start: int) -> NDArray[np.bool_]:
+    def keeps(self, keys: NDArray[np.unsignedinteger[Any]], start: int) -> NDArray[np.bool_]:
         """Return which of a run of elements survive, from their keys and the flat index of the first."""
         places = np.arange(start, start + keys.size, dtype=np.int64)
         survives: NDArray[np.bool_] = (keys > self.key) | ((keys == self.key) & (places < self.cut))
         return survives
 
 
-Answer = Threshold | float
+Vector = NDArray[np.float64]
+Answer = Threshold | float | Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +233,32 @@ class Answers:
 
     values: Mapping[Statistic, Answer]
 
+    def __contains__(self, statistic: Statistic) -> bool:
+        return statistic in self.values
+
     def threshold(self, model: int, keep: int) -> Threshold:
         """Return the answer to ``MagnitudeThreshold``."""
-        answer = self.values[MagnitudeThreshold(model, keep)]
+        return self.limit(MagnitudeThreshold(model, keep))
+
+    def limit(self, statistic: MagnitudeThreshold | ElementThreshold) -> Threshold:
+        """Return the answer to a statistic that is a threshold."""
+        answer = self.values[statistic]
         if not isinstance(answer, Threshold):
             raise TypeError(f"a threshold was asked for and {answer!r} was answered")
         return answer
 
-    def number(self, statistic: MagnitudeRescale | ElementSum) -> float:
+    def number(self, statistic: MagnitudeRescale | ElementSum | ElementQuantile) -> float:
         """Return the answer to a statistic that is a number."""
         answer = self.values[statistic]
-        if isinstance(answer, Threshold):
+        if not isinstance(answer, float):
             raise TypeError(f"a number was asked for and {answer!r} was answered")
+        return answer
+
+    def vector(self, statistic: ElementSums | RowValues | ColumnSums) -> Vector:
+        """Return the answer to a statistic that is several numbers."""
+        answer = self.values[statistic]
+        if not isinstance(answer, np.ndarray):
+            raise TypeError(f"a vector was asked for and {answer!r} was answered")
         return answer
 
 
@@ -189,14 +269,16 @@ NO_ANSWERS = Answers({})
 class TensorContext:
     """What a method may know of a tensor without its bytes.
 
-    ``size`` counts elements, ``row`` those of a row (the last dimension), and ``models`` the inputs; ``base`` is the
-    index of the base among these, or None. ``shared`` and ``per_model`` are the resolved parameters, of the tensor and
+    ``size`` counts elements, ``row`` those of a row (the last dimension), ``columns`` those that one
+    step along the first dimension passes, and ``models`` the inputs; ``base`` is the index of the base among these, or
+    None. ``shared`` and ``per_model`` are the resolved parameters, of the tensor and
     of each input.
     """
 
     name: str
     size: int
     row: int
+    columns: int
     compute: DType
     base: int | None
     models: int

@@ -6,6 +6,7 @@ embedding, and buffers that are computed from config.json; and but for biases, w
 have or not.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,12 @@ class _GroupPlanner:
     ) -> tuple[list[int], list[Place], Method[Any]] | None:
         """Return inputs and method for a tensor that ``missing`` lacks, None where those that have it are merged."""
         specification = self._planner.method.specification
-        enough = len(present) >= specification.min_models and (self._base is None or base is not None)
+        experts = len(present) - (base is not None)
+        enough = (
+            len(present) >= specification.min_models
+            and experts >= specification.min_experts
+            and (self._base is None or base is not None)
+        )
         few = specification.few_models
         lone = len(present) == 1 and (few is FewModels.TAKE_ONE or (base is not None and few is not FewModels.REFUSED))
         if _OPTIONAL.search(name) and (
@@ -254,6 +260,7 @@ class _GroupPlanner:
             name=name,
             size=places[0].elements,
             row=max(1, places[0].shape[-1] if places[0].shape else 1),
+            columns=max(1, math.prod(places[0].shape[1:])),
             compute=compute,
             base=base,
             models=len(places),

@@ -190,19 +190,24 @@ class StructureReader:
                     raise where.error(_missing(parameter, self._method, entry.model))
 
     def _check_number(self, part: OutputSlice, place: Place) -> None:
-        inputs = part.inputs()
-        number = len(inputs)
-        low, high = self._method.min_models, self._method.max_models
-        if number >= low and (high is None or number <= high):
-            return
-        bound = low if number < low else high
-        limit = "exactly" if low == high else "at least" if number < low else "at most"
-        names = listed(entry.model.text for entry in inputs[:8])
-        raise place.error(
-            f"merge_method {self._method.name} takes {limit} {bound} {'model' if bound == 1 else 'models'}, the base "
-            f"counted, and this recipe has {number} ({names}{', ...' if number > 8 else ''}); "
-            f"{'add' if number < low else 'remove'} models"
-        )
+        method = self._method
+        inputs = [entry.model for entry in part.inputs()]
+        experts = [model for model in inputs if model != part.base]
+        for models, how, low, high in (
+            (inputs, "counted", method.min_models, method.max_models),
+            (experts, "not counted", method.min_experts, method.max_experts),
+        ):
+            number = len(models)
+            if number >= low and (high is None or number <= high):
+                continue
+            bound = low if number < low else high
+            limit = "exactly" if low == high else "at least" if number < low else "at most"
+            names = listed(model.text for model in models[:8])
+            raise place.error(
+                f"merge_method {method.name} takes {limit} {bound} {'model' if bound == 1 else 'models'}, the base "
+                f"{how}, and this recipe has {number} ({names}{', ...' if number > 8 else ''}); "
+                f"{'add' if number < low else 'remove'} models"
+            )
 
 
 def _empty(entry: Entry) -> bool:

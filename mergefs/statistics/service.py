@@ -7,15 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.catalog.records import HistogramRecord, ThresholdRecord
+from mergefs.catalog.records import HistogramRecord, ThresholdRecord, VectorRecord
 from mergefs.checkpoint.dtypes import DType
 from mergefs.methods.contract import (
     Answer,
     Answers,
-    ElementSum,
+    ColumnSums,
+    ElementQuantile,
+    ElementSums,
+    ElementThreshold,
     MagnitudeRescale,
     MagnitudeThreshold,
     Method,
+    Quantity,
+    RowValues,
     Statistic,
     TensorContext,
     Threshold,
@@ -25,9 +30,9 @@ from mergefs.methods.registry import method_origin
 from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
-from mergefs.statistics.element_sums import element_sums
 from mergefs.statistics.identity import digest, tensor_keys
 from mergefs.statistics.pair import TensorPair
+from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
 
 
 class StatisticsService:
@@ -76,35 +81,52 @@ class StatisticsService:
         origin: Origin | None,
     ) -> dict[Statistic, Answer]:
         """Return the answers to ``wanted``; all sums among them in one pass."""
-        sums = tuple(statistic for statistic in wanted if isinstance(statistic, ElementSum))
-        found = self._sums(sums, places, compute, origin)
+        quantities = tuple(one for one in wanted if isinstance(one, Quantity))
+        found = self._quantities(quantities, TensorStream(places, compute, self._reader), origin)
         for statistic in wanted:
-            if not isinstance(statistic, ElementSum):
+            if not isinstance(statistic, Quantity):
                 found[statistic] = self._answer(statistic, places, base, compute)
         return found
 
-    def _sums(
-        self, wanted: tuple[ElementSum, ...], places: tuple[Place, ...], compute: DType, origin: Origin | None
+    def _quantities(
+        self, wanted: tuple[AboutQuantity, ...], stream: TensorStream, origin: Origin | None
     ) -> dict[Statistic, Answer]:
-        """Return sums from the catalog, and those that it lacks from one pass over the models that they look at."""
+        """Return what the catalog knows about quantities, and gather together what it lacks."""
         found: dict[Statistic, Answer] = {}
-        missing: dict[ElementSum, bytes] = {}
+        missing: dict[AboutQuantity, bytes] = {}
         for statistic in wanted:
-            looked_at = tuple(places[model] for model in statistic.models)
+            looked_at = tuple(stream.places[model] for model in statistic.models)
             asking = () if origin is None else (str(origin),)
             argument = " ".join((*asking, statistic.name, *map(repr, statistic.arguments)))
-            keys = self._keys("sum", looked_at, compute, argument)
-            known = self._known_number(keys)
+            keys = self._keys(_kind(statistic), looked_at, stream.compute, argument)
+            known = next((answer for key in keys if (answer := self._known(statistic, key)) is not None), None)
             if known is None:
                 missing[statistic] = keys[0]
             else:
                 found[statistic] = known
-        if missing:
-            totals = element_sums(tuple(missing), places, compute, self._reader)
-            for (statistic, key), total in zip(missing.items(), totals, strict=True):
-                self._catalog.keep_number(key, total)
-                found[statistic] = total
+        for statistic, answer in answer_quantities(tuple(missing), stream).items():
+            self._keep(missing[statistic], answer)
+            found[statistic] = answer
         return found
+
+    def _known(self, statistic: AboutQuantity, key: bytes) -> Answer | None:
+        """Return the answer that the catalog has under ``key``, or None."""
+        if isinstance(statistic, ElementThreshold):
+            limit = self._catalog.threshold(key)
+            return None if limit is None else Threshold(limit.key, limit.cut)
+        if isinstance(statistic, ElementSums | RowValues | ColumnSums):
+            vector = self._catalog.vector(key)
+            return None if vector is None else np.frombuffer(vector.values, dtype="<f8").astype(np.float64)
+        return self._catalog.number(key)
+
+    def _keep(self, key: bytes, answer: Answer) -> None:
+        """Keep an answer in the catalog."""
+        if isinstance(answer, Threshold):
+            self._catalog.keep_threshold(key, ThresholdRecord(answer.key, answer.cut))
+        elif isinstance(answer, float):
+            self._catalog.keep_number(key, answer)
+        else:
+            self._catalog.keep_vector(key, VectorRecord(answer.astype("<f8").tobytes()))
 
     def _answer(
         self,
@@ -166,3 +188,16 @@ class StatisticsService:
             keys[0], HistogramRecord(filled.astype("<u2").tobytes(), counts[filled].astype("<u8").tobytes())
         )
         return counts
+
+
+def _kind(statistic: AboutQuantity) -> str:
+    """Return what is asked about a quantity, as part of a key."""
+    if isinstance(statistic, ElementThreshold):
+        return f"keep {statistic.keep}"
+    if isinstance(statistic, ElementQuantile):
+        return f"rank {statistic.rank}"
+    if isinstance(statistic, RowValues):
+        return f"rows {statistic.row}"
+    if isinstance(statistic, ElementSums):
+        return f"sums {statistic.count}"
+    return f"columns {statistic.columns}" if isinstance(statistic, ColumnSums) else "sum"
