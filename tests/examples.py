@@ -24,6 +24,11 @@ METHODS: Final[dict[str, Merge]] = {
     "della_linear": Merge(
         "della_linear", ({"weight": 0.7, "density": 0.6, "epsilon": 0.3}, {"weight": 0.4, "density": 0.3})
     ),
+    "nuslerp": Merge("nuslerp", ({"weight": 0.6}, {"weight": 0.3})),
+    "multislerp": Merge("multislerp", ({"weight": 0.6}, {"weight": 0.3}), with_base=False),
+    "karcher": Merge("karcher", ({}, {}), {"max_iter": 4}, with_base=False),
+    "sce": Merge("sce", ({}, {}), {"select_topk": 0.4}),
+    "arcee_fusion": Merge("arcee_fusion", ({},)),
     "model_stock": Merge("model_stock", ({}, {})),
     "nearswap": Merge("nearswap", ({},), {"t": 0.001}),
     "ramplus_tl": Merge("ramplus_tl", ({}, {}), {"epsilon": 1e-2, "r": 0.7, "alpha": 2.0}),

@@ -5,11 +5,13 @@ which of several equal magnitudes survives, which elements a random mask keeps, 
 """
 
 import contextlib
+import importlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,23 @@ from mergekit import sparsify
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.merge import run_merge
-from mergekit.merge_methods import generalized_task_arithmetic, model_stock, slerp
+from mergekit.merge_methods import (
+    arcee_fusion,
+    generalized_task_arithmetic,
+    karcher,
+    model_stock,
+    nuslerp,
+    sce,
+    slerp,
+)
 from mergekit.options import MergeOptions
 from mergekit.scripts import multimerge
 from tensors import Tensors, load_model
 
 from mergefs.kernels.random import UNIFORM_BITS, stream_key, uniform_integers
+
+# The package has a function by the name of the module.
+multislerp = importlib.import_module("mergekit.merge_methods.multislerp")
 
 
 def mergekit_merge(document: Mapping[str, Any], **options: Any) -> Tensors:
@@ -50,7 +63,7 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 class _TorchBut:
     """The module torch with some functions replaced, to be put into a single module of mergekit."""
 
-    def __init__(self, **functions: Callable[..., Any]) -> None:
+    def __init__(self, **functions: Any) -> None:
         self._functions = functions
 
     def __getattr__(self, name: str) -> Any:
@@ -193,8 +206,9 @@ class _ExactAngles:
 _SLERP = slerp.slerp
 
 
-def _rounded_sine(angles: torch.Tensor) -> torch.Tensor:
-    return angles.double().sin().to(angles.dtype)
+def _rounded(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return ``function`` taken in float64 and rounded: torch's own depend on the CPU in their last bit."""
+    return lambda values: function(values.double()).to(values.dtype)
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -213,7 +227,7 @@ def exact_angles() -> Iterator[None]:
     angles = _ExactAngles()
     with (
         _replaced(slerp, "slerp", angles.slerp),
-        _replaced(slerp, "torch", _TorchBut(acos=angles.acos, sin=_rounded_sine)),
+        _replaced(slerp, "torch", _TorchBut(acos=angles.acos, sin=_rounded(torch.sin))),
     ):
         yield
 
@@ -247,6 +261,72 @@ def exact_products() -> Iterator[None]:
         yield
 
 
+# Directions: nuslerp, multislerp, karcher
+
+
+def _exact_row_sum(values: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """Take sums over whole tensors, which keep the dimension, in float64; those over models are as they are."""
+    return _exact_sum(values, dim=-1, keepdim=True) if options else _SUM(values, *arguments)
+
+
+def _exact_dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.double() * second.double()).sum().to(first.dtype)
+
+
+@contextlib.contextmanager
+def exact_directions() -> Iterator[None]:
+    """Let mergekit take norms and inner products of directions in float64 and round them once, and sines and such."""
+    functions = {name: _rounded(getattr(torch, name)) for name in ("sin", "cos", "acos", "arccos")}
+    by_norm = _TorchBut(norm=_exact_norm, sum=_exact_sum, **functions)
+    by_vector_norm = _TorchBut(dot=_exact_dot, linalg=SimpleNamespace(vector_norm=_exact_norm), **functions)
+    with (
+        _replaced(nuslerp, "torch", by_norm),
+        _replaced(multislerp, "torch", by_norm),
+        _replaced(torch.Tensor, "sum", _exact_row_sum),
+        _replaced(karcher, "torch", by_vector_norm),
+    ):
+        yield
+
+
+# The selection of sce
+
+
+def _stable_topk(values: torch.Tensor, k: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    assert largest
+    order = torch.argsort(values, descending=True, stable=True)[:k]
+    return values[order], order
+
+
+@contextlib.contextmanager
+def exact_energies() -> Iterator[None]:
+    """Let mergekit's sce take means in float64 and round them once; of equal variances the first are selected."""
+    with _replaced(sce, "torch", _TorchBut(topk=_stable_topk)), _replaced(torch.Tensor, "mean", _exact_mean):
+        yield
+
+
+# The importance of arcee_fusion
+
+
+def _exact_softmax(values: torch.Tensor, dim: int) -> torch.Tensor:
+    single = values if values.dtype == torch.float64 else values.float()
+    powers = (single - single.amax(dim, keepdim=True)).double().exp().to(single.dtype)
+    return (powers / _exact_sum(powers, dim=dim, keepdim=True)).to(values.dtype)
+
+
+@contextlib.contextmanager
+def exact_importance() -> Iterator[None]:
+    """Let mergekit's arcee_fusion take exponentials, logarithms and sums in float64 and round them once.
+
+    Quartiles are those of all elements, where mergekit draws a million of them at random.
+    """
+    with (
+        _replaced(arcee_fusion, "F", SimpleNamespace(softmax=_exact_softmax)),
+        _replaced(arcee_fusion, "torch", _TorchBut(log=_rounded(torch.log), sum=_exact_sum)),
+        _replaced(arcee_fusion, "_QUANTILE_SAMPLE_SIZE", math.inf),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
     """Fix everything of ``method`` that mergekit leaves open."""
@@ -262,6 +342,12 @@ def nothing_left_to_chance(method: str, seed: int = 0) -> Iterator[None]:
             stack.enter_context(exact_products())
         elif method == "slerp":
             stack.enter_context(exact_angles())
+        elif method in ("nuslerp", "multislerp", "karcher"):
+            stack.enter_context(exact_directions())
+        elif method == "sce":
+            stack.enter_context(exact_energies())
+        elif method == "arcee_fusion":
+            stack.enter_context(exact_importance())
         yield
 
 

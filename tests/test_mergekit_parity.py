@@ -27,12 +27,13 @@ EVERY_METHOD = pytest.mark.parametrize("merge", METHODS.values(), ids=METHODS)
 def assert_equal_to_mergekit(directory: Path, document: Mapping[str, Any]) -> None:
     """Demand the same tensors, shapes, dtypes and bits.
 
-    ramplus_tl is written by mergekit as float32 where no dtype says otherwise; ours has the dtype of its inputs.
+    ramplus_tl and arcee_fusion are written by mergekit as float32 where no dtype says otherwise; ours have the dtype of
+    their inputs.
     """
     with nothing_left_to_chance(document["merge_method"]):
         theirs = mergekit_merge(document)
     ours = merge_by_mergefs(directory, document)
-    if document["merge_method"] == "ramplus_tl":
+    if document["merge_method"] in ("ramplus_tl", "arcee_fusion"):
         theirs = {name: tensor.to(ours[name].dtype) for name, tensor in theirs.items()}
     assert differing(ours, theirs) == {}
 
@@ -143,6 +144,65 @@ RAM_CASES = {
     f"ram of {count} with {shared}": Merge("ram", ({},) * count, shared)
     for count, shared in ((1, {}), (3, {"epsilon": 0.01}), (4, {"epsilon": 0.0}))
 }
+PARTS = {
+    "the whole tensor": {},
+    "rows": {"nuslerp_flatten": False},
+    "columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "the whole tensor whatever the rows": {"nuslerp_flatten": True, "nuslerp_row_wise": True},
+}
+NUSLERP_CASES = {
+    f"nuslerp of {part}{' of deltas' * based}": Merge("nuslerp", experts((0.6,), (0.3,)), shared, based)
+    for part, shared in PARTS.items()
+    for based in (True, False)
+} | {
+    f"nuslerp with weights {weights}": Merge("nuslerp", experts(*((weight,) for weight in weights)))
+    for weights in ((0, 1), (1, 0), (-0.3, 0.9), (0.4, -0.4), (0, 0), (0.1, 0.7))
+}
+MULTISLERP_CASES = {
+    "multislerp of one": Merge("multislerp", experts((0.4,)), with_base=False),
+    "multislerp of one with a base": Merge("multislerp", experts((0.4,))),
+    "multislerp of two deltas": Merge("multislerp", experts((0.4,), (0.7,))),
+    "multislerp of three": Merge("multislerp", experts((0.4,), (0.7,), (0.1,)), with_base=False),
+    "multislerp of four": Merge("multislerp", experts((0.4,), (0.7,), (0.0,), (-0.3,)), with_base=False),
+    "multislerp of weights as they are": Merge(
+        "multislerp", experts((1.4,), (0.7,), (0.9,)), {"normalize_weights": False}, with_base=False
+    ),
+    "multislerp of small weights as they are": Merge(
+        "multislerp", experts((0.01,), (0.02,)), {"normalize_weights": False}
+    ),
+    "multislerp of two that cancel": Merge(
+        "multislerp", experts((0.5,), (-0.5,)), {"normalize_weights": False, "eps": 0.5}, with_base=False
+    ),
+    "multislerp of nothing": Merge("multislerp", experts((0.0,), (0.0,)), {"normalize_weights": False}),
+    "multislerp with eps": Merge("multislerp", experts((0.4,), (0.7,)), {"eps": 0.01}, with_base=False),
+}
+KARCHER_CASES = {
+    f"karcher of {count}{' and a base' * based} with {shared}": Merge("karcher", ({},) * count, shared, based)
+    for count, based, shared in (
+        (1, False, {}),
+        (2, False, {}),
+        (2, True, {}),
+        (4, False, {"tol": 1e-3}),
+        (3, False, {"max_iter": 0}),
+        (3, True, {"max_iter": 1}),
+        (2, False, {"max_iter": 3, "tol": 1e-9}),
+        (2, False, {"tol": 5}),
+        (3, True, {"tol": 1e9}),
+    )
+}
+SCE_CASES = {
+    f"sce of {count} with {shared}": Merge("sce", ({},) * count, shared)
+    for count, shared in (
+        (1, {}),
+        (1, {"select_topk": 0.5}),
+        (2, {}),
+        (2, {"select_topk": 0}),
+        (2, {"select_topk": 1e-6}),
+        (2, {"select_topk": 0.999}),
+        (3, {"select_topk": 0.3, "int8_mask": True}),
+        (4, {"select_topk": 0.1}),
+    )
+}
 SLERP_CASES = {f"slerp at {t}": Merge("slerp", ({},), {"t": t}) for t in (0, 0.5, 0.9, 1, 1.3)}
 PASSTHROUGH_CASES = {
     f"scale {scale}": Merge("passthrough", ({"scale": scale},), with_base=False) for scale in (1, -1.7, 0, 3e-3)
@@ -163,6 +223,10 @@ CASES = {
     **RAM_CASES,
     **RAM_PLUS_CASES,
     **STOCK_CASES,
+    **NUSLERP_CASES,
+    **MULTISLERP_CASES,
+    **KARCHER_CASES,
+    **SCE_CASES,
     **SLERP_CASES,
     **PASSTHROUGH_CASES,
 }

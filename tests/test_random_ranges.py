@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mergefs.engine.workspace import Workspace
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
+from mergefs.sources import blocks
 
 # Three blocks of embedding, the last one ragged, and small tensors that share pages with their neighbours.
 KIND = FamilyKind(torch.bfloat16, tied=True, hidden=128, layers=1, vocabulary=10007)
@@ -132,6 +134,26 @@ def test_the_whole_file_backwards_in_odd_pieces_is_the_materialized_file(served:
 
 
 # Without a mount
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_range_of_a_merge_by_any_method_is_what_the_whole_file_holds_there(
+    tmp_path: Path, families: Families, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing is cached, and blocks are so small that most ranges cut some."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 160)
+    recipe = load_recipe(
+        write_document(tmp_path / "recipe.yml", recipe_document(METHODS[name], families(FamilyKind())))
+    )
+    resources = Workspace.create(Catalog(tmp_path / "catalog"), 0)
+    engine = Engine(make_plan(recipe, PlanOptions(), resources), resources, strict=False)
+    (file,) = engine.plan.files
+    whole = engine.read_file(FILE, 0, file.size)
+    chance = random.Random(1)
+    for _ in range(150):
+        offset, size = chance.randrange(file.size), chance.choice([1, 2, 7, 64, 321, 3000])
+        assert engine.read_file(FILE, offset, size) == whole[offset : offset + size]
+    resources.close()
 
 
 @UNTIMED

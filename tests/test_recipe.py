@@ -199,7 +199,7 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
     based = declared.base is BasePolicy.REQUIRED
     document: dict[str, object] = {
         "merge_method": method,
-        "models": [{"model": f"m{i}"} for i in range(max(1, declared.min_models - based))],
+        "models": [{"model": f"m{i}"} for i in range(max(1, declared.min_experts, declared.min_models - based))],
         "parameters": {parameter.name: 0.5 for parameter in declared.parameters if parameter.required},
     }
     if based:

@@ -17,7 +17,7 @@ from mergekit.config import (
     evaluate_setting,
 )
 from mergekit.parameter_resolver import resolve_parameters as mergekit_resolve
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
@@ -222,6 +222,9 @@ def written_scalars(parameter: Parameter) -> st.SearchStrategy[Any]:
         return st.sampled_from([True, False, 0, 1, "true", "False"])
     low = -1e6 if parameter.minimum is None else parameter.minimum
     high = 1e6 if parameter.maximum is None else parameter.maximum
+    if parameter.kind == "int":
+        integers = st.integers(int(low), int(high))
+        return integers | integers.map(float) | integers.map(str)
     numbers = st.floats(low, high)
     return numbers | numbers.map(lambda number: f"{number!r}") | st.sampled_from([low, high]).map(int)
 
@@ -247,10 +250,10 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         }
 
     based = method.base is BasePolicy.REQUIRED
-    most = 3 if method.max_models is None else method.max_models - based
-    experts = ["a", "b", "c"][: draw(st.integers(1, most))]
-    while len(experts) + based < method.min_models:
-        experts.append(f"d{len(experts)}")
+    based = based or (method.base is BasePolicy.OPTIONAL and draw(st.booleans()))
+    least = max(1, method.min_experts, method.min_models - based)
+    most = min(high for high in (3, method.max_experts, method.max_models and method.max_models - based) if high)
+    experts = [f"expert-{number}" for number in range(draw(st.integers(least, most)))]
     listed = [*experts, "base"] if based and draw(st.booleans()) else experts
     models = []
     for model in listed:
@@ -282,7 +285,7 @@ def resolved_by_mergekit(text: str, tensor_name: str, t: float) -> ResolvedParam
             base_model=reader.base_model,
             t=reader.t,
         )
-    except RuntimeError:
+    except (RuntimeError, ValidationError):  # a gradient may come to half a step
         return None
     return ResolvedParameters(shared, tuple(per_input[source.model] for source in sources))
 
@@ -308,7 +311,10 @@ def test_every_parameter_of_every_method_comes_out_as_from_mergekit(
     assert [dict(values) for values in ours.per_model] == [dict(values) for values in expected.per_model]
     for values in (ours.shared, *ours.per_model):
         kinds = {key: type(value) for key, value in values.items() if value is not None}
-        assert all(kind is (bool if method_kind(method, key) == "bool" else float) for key, kind in kinds.items())
+        assert all(kind is KINDS[method_kind(method, key)] for key, kind in kinds.items())
+
+
+KINDS = {"float": float, "int": int, "bool": bool}
 
 
 def method_kind(method: Specification, name: str) -> str:

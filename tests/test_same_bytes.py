@@ -26,6 +26,7 @@ from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
+from mergefs.sources import blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,20 @@ def test_how_the_models_are_sharded_makes_no_difference(tmp_path: Path, families
             merged.append(weights({file: model.read_file(file) for file in model.files.sizes}))
     assert merged[0] == merged[1] == merged[2]
     assert len(merged[0]) > 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_the_size_of_blocks_makes_no_difference(
+    tmp_path: Path, families: Families, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    recipe = write_document(tmp_path / "recipe.yml", recipe_document(METHODS[name], families(FamilyKind(dtype))))
+    merged = []
+    for elements in (64, 999, blocks.BLOCK_ELEMENTS):
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+        with mergefs.open(recipe, catalog=tmp_path / f"catalog-{elements}") as model:
+            merged.append({file: model.read_file(file) for file in model.files.sizes})
+    assert merged[0] == merged[1] == merged[2]
 
 
 # Cache, order, threads

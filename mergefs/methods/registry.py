@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mergefs.errors import MethodError
+from mergefs.methods.arcee_fusion import ArceeFusion
 from mergefs.methods.contract import Method, Specification
+from mergefs.methods.karcher import Karcher
 from mergefs.methods.linear import Linear
 from mergefs.methods.model_stock import ModelStock
+from mergefs.methods.multislerp import Multislerp
 from mergefs.methods.nearswap import NearSwap
+from mergefs.methods.nuslerp import Nuslerp
 from mergefs.methods.passthrough import Passthrough
 from mergefs.methods.plugins import Origin, Plugin, load, plugins
 from mergefs.methods.ram import Ram, RamPlus
+from mergefs.methods.sce import Sce
 from mergefs.methods.slerp import Slerp
 from mergefs.methods.task_vector import (
     BREADCRUMBS,
@@ -30,6 +35,9 @@ from mergefs.methods.task_vector import (
 _METHODS: Final[tuple[Method[Any], ...]] = (
     Linear(),
     Slerp(),
+    Nuslerp(),
+    Multislerp(),
+    Karcher(),
     TASK_ARITHMETIC,
     TIES,
     DARE_LINEAR,
@@ -38,10 +46,12 @@ _METHODS: Final[tuple[Method[Any], ...]] = (
     BREADCRUMBS_TIES,
     DELLA,
     DELLA_LINEAR,
+    Sce(),
     ModelStock(),
     NearSwap(),
     Ram(),
     RamPlus(),
+    ArceeFusion(),
     Passthrough(),
 )
 METHODS: Final[dict[str, Method[Any]]] = {method.specification.name: method for method in _METHODS}

@@ -130,7 +130,7 @@ def _applies(parameter: Parameter, entry: ModelInput, part: OutputSlice) -> bool
     return parameter.scope is Scope.PER_MODEL
 
 
-_EXAMPLES: Final = {"float": "1.0", "bool": "true"}
+_EXAMPLES: Final = {"float": "1.0", "int": "1", "bool": "true"}
 
 
 def _resolve(
@@ -146,6 +146,8 @@ def _resolve(
             value = evaluate(settings[parameter.name], tensor_name, t)
             if isinstance(value, str):
                 raise TypeError(f"parameter {parameter.name} was not converted when the recipe was read")
+            if isinstance(value, float) and parameter.kind == "int":
+                return _whole(value, parameter, recipe, tensor_name)
             if value is not None:
                 return value
     if not parameter.required:
@@ -157,3 +159,13 @@ def _resolve(
         f"because none of its filters selects that name; add a last condition without a filter, such as "
         f"`- value: {_EXAMPLES[parameter.kind]}`, in {where}"
     )
+
+
+def _whole(value: float, parameter: Parameter, recipe: Recipe, tensor_name: str) -> int:
+    """Return a whole number that a gradient comes to."""
+    if not value.is_integer():
+        raise RecipeError(
+            f"{recipe.origin}: the gradient of {parameter.name!r} comes to {value:g} for tensor {quote(tensor_name)}, "
+            "and it must be a whole number everywhere; give one number, or conditions with a filter"
+        )
+    return int(value)

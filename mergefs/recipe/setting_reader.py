@@ -146,6 +146,8 @@ class _SettingReader:
             raise self._refuse(item, "a number") from None
         if not math.isfinite(number):
             raise self._refuse(item, "a finite number")
+        if self._parameter.kind == "int" and not number.is_integer():
+            raise self._refuse(item, "a whole number")
         low, high = self._parameter.minimum, self._parameter.maximum
         if (low is not None and number < low) or (high is not None and number > high):
             raise self._refuse(item, _range(low, high))

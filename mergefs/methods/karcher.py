@@ -1,0 +1,312 @@
+"""The Karcher mean (Riemannian centre of mass) of models on a hypersphere, by its fixed point iteration.
+
+Each step of the iteration needs sums over the whole tensor that depend on the step before: the inner products of the
+mean with each direction, the norm of the tangent, and that of the new mean. What was found is kept, and the elements
+are computed anew from the inputs, since no statistic may keep a whole tensor.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from mergefs.checkpoint.dtypes import F32, F64
+from mergefs.kernels.elementary import arc_cosine, cosine, sine
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    NO_ANSWERS,
+    Answers,
+    BasePolicy,
+    Block,
+    ElementSums,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+    Vector,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """How one direction pulls the mean: ``strength`` times what is left of it beside its ``projection`` on the mean.
+
+    Values of the compute dtype.
+    """
+
+    direction: int
+    projection: float
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the iteration, as far as it is known.
+
+    The new mean is ``ahead`` times the old one plus ``aside`` times the tangent of length 1, divided by ``mean_norm``
+    (None: it is not). Norms are float32 (float64 for F64), factors values of the compute dtype.
+    """
+
+    pulls: tuple[Pull, ...]
+    tangent_norm: float | None = None
+    ahead: float = 1.0
+    aside: float = 0.0
+    mean_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KarcherCoefficients:
+    """The numbers of a merge, as far as they are known.
+
+    ``norms`` are those of the inputs ``models`` that have a direction, and ``share`` is the weight of each of these.
+    The mean begins as their weighted sum, divided by ``mean_norm``, or where that vanishes as the first of them. At the
+    end it is multiplied by ``radius``.
+    """
+
+    models: tuple[int, ...]
+    norms: tuple[float, ...] = ()
+    share: float = 1.0
+    starts_with_first: bool = False
+    mean_norm: float | None = None
+    steps: tuple[Step, ...] = ()
+    radius: float = 0.0
+
+
+class Karcher(Method[KarcherCoefficients]):
+    """The point of the sphere whose mean squared angle to all models is least, times their mean norm."""
+
+    specification = Specification(
+        name="karcher",
+        title="Karcher Mean",
+        reference="https://arxiv.org/abs/2603.04972",
+        summary="The centre of any number of models on a hypersphere, all with the same weight.",
+        parameters=(
+            Parameter(
+                "max_iter", "int", Scope.GLOBAL, "largest number of steps towards the centre", default=10, minimum=0
+            ),
+            Parameter(
+                "tol",
+                "float",
+                Scope.GLOBAL,
+                "a smaller step ends the iteration; smaller angles and norms count as none",
+                default=1e-5,
+                minimum=0.0,
+            ),
+        ),
+        base=BasePolicy.AS_INPUT,
+    )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """The squared norms; nothing for a lone model, which is the result."""
+        return _advance(context, NO_ANSWERS)[1]
+
+    def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
+        """What the next part of a step needs: at most three passes for each step, beside two before the first."""
+        return _advance(context, answers)[1]
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> KarcherCoefficients:
+        """Take every step as far as single numbers go, by the steps of rounding that torch takes."""
+        return _advance(context, answers)[0]
+
+    def reference(self, block: Block, coefficients: KarcherCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step as torch does in the compute dtype."""
+        kind = precision.carrier
+        if len(block.inputs) == 1:
+            return block.inputs[0]
+        if not coefficients.models:
+            # Nothing has a direction; as torch computes it, a NaN stays one.
+            nothing: Array = np.zeros_like(block.inputs[0])
+            for values in block.inputs:
+                nothing = nothing + values * kind(0)
+            return nothing
+        reached = _walk([block.inputs[model] for model in coefficients.models], coefficients, precision)
+        return precision.round(kind(precision.scalar(coefficients.radius)) * reached.mean)
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """The same for all, as in a plain mean: norms and directions of fine-tunes are alike."""
+        return tuple(0.0 if model == context.base else 1.0 / context.models for model in range(context.models))
+
+
+def _advance(context: TensorContext, answers: Answers) -> tuple[KarcherCoefficients, tuple[Statistic, ...]]:
+    """Return the numbers that follow from ``answers``, and what must be asked for the next ones: nothing at the end."""
+    known = KarcherCoefficients(())
+    if context.models == 1:
+        return known, ()
+    squares = _ask(context, "squares", range(context.models), known, _squares, context.models)
+    if squares not in answers:
+        return known, (squares,)
+    known = _start(context, answers.vector(squares))
+    if not known.models:
+        return known, ()
+
+    mean = _ask(context, "squares of the first mean", known.models, known, _mean_squares, 1)
+    if mean not in answers:
+        return known, (mean,)
+    mean_norm = _norm(float(answers.vector(mean)[0]), context)
+    if mean_norm < context.number("tol"):
+        known = replace(known, starts_with_first=True)
+    else:
+        known = replace(known, mean_norm=mean_norm)
+    for number in range(int(context.number("max_iter"))):
+        step, missing = _step(context, answers, known, number)
+        if missing:
+            return known, missing
+        if step is None:
+            break
+        known = replace(known, steps=(*known.steps, step))
+    return known, ()
+
+
+def _start(context: TensorContext, squares: Vector) -> KarcherCoefficients:
+    """Return what follows from the squared norms of all inputs."""
+    single = _single(context).carrier
+    norms = [_norm(float(square), context) for square in squares]
+    # NaN is not larger than anything, so an input with one has no direction; it still makes the radius NaN.
+    valid = tuple(model for model, norm in enumerate(norms) if norm > context.number("tol"))
+    share = 1.0 / context.models
+    radius = single(0)
+    for norm in norms:
+        radius = radius + single(share) * single(norm)
+    return KarcherCoefficients(
+        models=valid,
+        norms=tuple(norms[model] for model in valid),
+        share=share / sum([share] * len(valid)) if valid else 1.0,
+        radius=float(radius),
+    )
+
+
+def _step(
+    context: TensorContext, answers: Answers, known: KarcherCoefficients, number: int
+) -> tuple[Step | None, tuple[Statistic, ...]]:
+    """Return one more step, or None where the iteration has ended; or what must be asked to know."""
+    precision = Precision(context.compute)
+    tolerance = context.number("tol")
+    count = len(known.models)
+
+    products = _ask(context, f"projections {number}", known.models, known, _projections, count)
+    if products not in answers:
+        return None, (products,)
+    pulls = _pulls(answers.vector(products), known, tolerance, precision)
+    if not pulls:
+        return None, ()
+    step = Step(pulls)
+
+    unfinished = replace(known, steps=(*known.steps, step))
+    tangent = _ask(context, f"squares of tangent {number}", known.models, unfinished, _tangent_squares, 1)
+    if tangent not in answers:
+        return None, (tangent,)
+    length = _norm(float(answers.vector(tangent)[0]), context)
+    if length < tolerance or length == 0:
+        return None, ()
+    # torch rounds a number that stands before the tensor, and one that the tensor is divided by not.
+    single = _single(context)
+    ahead, aside = (
+        float(precision.scalar(float(function(np.array([length]), single)[0]))) for function in (cosine, sine)
+    )
+    step = replace(step, tangent_norm=length, ahead=ahead, aside=aside)
+
+    unfinished = replace(known, steps=(*known.steps, step))
+    mean = _ask(context, f"squares of mean {number}", known.models, unfinished, _mean_squares, 1)
+    if mean not in answers:
+        return None, (mean,)
+    mean_norm = _norm(float(answers.vector(mean)[0]), context)
+    return replace(step, mean_norm=mean_norm if mean_norm > tolerance else None), ()
+
+
+def _pulls(products: Vector, known: KarcherCoefficients, tolerance: float, precision: Precision) -> tuple[Pull, ...]:
+    """Return the pulls of all directions that are not the mean's, from their inner products with it."""
+    kind = precision.carrier
+    projections = np.clip(precision.round(products.astype(kind)), -1, 1)
+    angles = arc_cosine(projections, precision)
+    with np.errstate(all="ignore"):
+        strengths = precision.round(kind(known.share) * precision.round(angles / sine(angles, precision)))
+    return tuple(
+        Pull(index, float(projection), float(strength))
+        for index, (projection, angle, strength) in enumerate(zip(projections, angles, strengths, strict=True))
+        if not (float(angle) < tolerance or angle == 0)
+    )
+
+
+def _single(context: TensorContext) -> Precision:
+    """Return the precision of norms, and of what follows from them: F32, or F64 where the merge computes in that."""
+    return Precision(F64 if context.compute == F64 else F32)
+
+
+def _norm(squares: float, context: TensorContext) -> float:
+    """Return a norm from its square."""
+    return float(_single(context).scalar(math.sqrt(squares)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """Where the iteration stands in a run of elements; ``tangent`` is that of its last step."""
+
+    directions: list[Array]
+    mean: Array
+    tangent: Array
+
+
+def _walk(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> _Reached:
+    """Take all steps that are known; of one whose tangent has no norm yet, only the tangent."""
+    kind = precision.carrier
+    directions = [precision.round(values / kind(norm)) for values, norm in zip(inputs, known.norms, strict=True)]
+    if known.starts_with_first:
+        mean = directions[0]
+    else:
+        mean = np.zeros_like(directions[0])
+        for direction in directions:
+            mean = precision.round(mean + precision.round(direction * kind(known.share)))
+        if known.mean_norm is not None:
+            mean = precision.round(mean / kind(known.mean_norm))
+    tangent: Array = np.zeros_like(mean)
+    for step in known.steps:
+        tangent = np.zeros_like(mean)
+        for pull in step.pulls:
+            beside = precision.round(directions[pull.direction] - precision.round(kind(pull.projection) * mean))
+            tangent = precision.round(tangent + precision.round(kind(pull.strength) * beside))
+        if step.tangent_norm is None:
+            break
+        ahead = precision.round(kind(step.ahead) * mean)
+        aside = precision.round(kind(step.aside) * precision.round(tangent / kind(step.tangent_norm)))
+        mean = precision.round(ahead + aside)
+        if step.mean_norm is not None:
+            mean = precision.round(mean / kind(step.mean_norm))
+    return _Reached(directions, mean, tangent)
+
+
+# What is summed over the whole tensor
+
+_Terms: TypeAlias = Callable[[Sequence[Array], KarcherCoefficients, Precision], Sequence[Array]]
+
+
+def _ask(
+    context: TensorContext, name: str, models: Sequence[int], known: KarcherCoefficients, terms: _Terms, count: int
+) -> ElementSums:
+    """Ask for sums of ``terms``. What is known follows from the inputs, their number and the tolerance."""
+
+    def of_block(block: Block, precision: Precision) -> Array:
+        return np.stack(terms(block.inputs, known, precision))
+
+    arguments = (context.number("tol"), float(context.models))
+    return ElementSums(f"karcher: {name}", tuple(models), of_block, arguments, count=count)
+
+
+def _squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return [values.astype(np.float64) ** 2 for values in inputs]
+
+
+def _mean_squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_walk(inputs, known, precision).mean.astype(np.float64) ** 2]
+
+
+def _projections(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    reached = _walk(inputs, known, precision)
+    return [reached.mean.astype(np.float64) * direction for direction in reached.directions]
+
+
+def _tangent_squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_walk(inputs, known, precision).tangent.astype(np.float64) ** 2]

@@ -1,0 +1,257 @@
+"""Interpolation of any number of models on a hypersphere, around their weighted mean (Goddard, "Multi-SLERP").
+
+In exact arithmetic the step in the tangent space is zero, since the tangents of the weighted mean cancel. With the
+roundings of a compute dtype they do not, so every step is taken. Each needs sums over the whole tensor that depend on
+those before: norms, the norm of the mean, projections on it, the norm of the tangent.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+
+from mergefs.errors import RecipeError
+from mergefs.kernels.elementary import cosine, sine
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    NO_ANSWERS,
+    Answers,
+    BasePolicy,
+    Block,
+    ElementSums,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MultislerpCoefficients:
+    """The numbers of a merge, values of the compute dtype, as far as they are known.
+
+    ``weights``, ``lengths`` (what inputs are divided by) and ``projections`` (of the directions on the mean's) belong
+    to ``models``. ``mean_norm`` is None where the mean of the directions vanishes: then the weighted sum is taken.
+    ``ahead`` and ``aside`` are the factors of the mean and of the tangent, ``radius`` that of the result.
+    """
+
+    base: int | None
+    models: tuple[int, ...]
+    weights: tuple[float, ...]
+    lengths: tuple[float, ...] = ()
+    mean_norm: float | None = None
+    projections: tuple[float, ...] = ()
+    ahead: float = 1.0
+    aside: float = 1.0
+    radius: float = 1.0
+
+
+class Multislerp(Method[MultislerpCoefficients]):
+    """``r * (cos(n) * m + sin(n) / n * v)``: m the mean direction, v the mean tangent, n its norm, r the mean norm."""
+
+    specification = Specification(
+        name="multislerp",
+        title="Multi-SLERP",
+        reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+        summary="Interpolates any number of models, or what they add to a base, on a hypersphere.",
+        parameters=(
+            Parameter("weight", "float", Scope.PER_EXPERT, "weight of the model in the mean", required=True),
+            Parameter("normalize_weights", "bool", Scope.GLOBAL, "divide the weights by their sum", default=True),
+            Parameter(
+                "eps",
+                "float",
+                Scope.GLOBAL,
+                "added to norms before anything is divided by them; a mean with a smaller norm counts as vanished",
+                default=1e-8,
+                minimum=0.0,
+            ),
+        ),
+        base=BasePolicy.OPTIONAL,
+        min_experts=1,
+    )
+
+    def check(self, context: TensorContext) -> None:
+        """Refuse weights that sum to zero where the sum is a divisor, and weights that leave nothing to interpolate."""
+        weights = _given_weights(context)
+        if (
+            len(weights) > 1
+            and context.shared["normalize_weights"]
+            and _added(weights, Precision(context.compute)) == 0
+        ):
+            raise RecipeError(
+                f"the weights for tensor {context.name!r} sum to 0 and `normalize_weights` divides by that sum; "
+                "change a `weight`, or set `normalize_weights: false`"
+            )
+        if len(weights) > 2 and not any(weights):
+            raise RecipeError(f"every weight for tensor {context.name!r} is 0; change a `weight`")
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """The squared norms; nothing for a lone model, which is the result."""
+        return _advance(context, NO_ANSWERS)[1]
+
+    def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
+        """What the next step needs."""
+        return _advance(context, answers)[1]
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> MultislerpCoefficients:
+        """Take every step as far as single numbers go, by the steps of rounding that torch takes."""
+        return _advance(context, answers)[0]
+
+    def reference(self, block: Block, coefficients: MultislerpCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step as torch does in the compute dtype."""
+        kind = precision.carrier
+        inputs = [block.inputs[model] for model in coefficients.models]
+        if len(inputs) == 1:
+            return inputs[0]
+        base = None if coefficients.base is None else block.inputs[coefficients.base]
+        deltas = inputs if base is None else [precision.round(values - base) for values in inputs]
+        if coefficients.mean_norm is None:
+            merged = _weighed(deltas, coefficients, precision)
+        else:
+            mean, directions = _mean_direction(deltas, coefficients, precision)
+            ahead = precision.round(mean * kind(coefficients.ahead))
+            aside = precision.round(_tangent(mean, directions, coefficients, precision) * kind(coefficients.aside))
+            merged = precision.round(precision.round(ahead + aside) * kind(coefficients.radius))
+        return merged if base is None else precision.round(merged + base)
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """The weights, after normalisation: norms and directions of fine-tunes are alike."""
+        weights = dict(zip(context.experts, _weights(context), strict=True))
+        return tuple(weights.get(model, 0.0) for model in range(context.models))
+
+
+def _given_weights(context: TensorContext) -> list[float]:
+    """Return the weights of the recipe, rounded to the compute dtype."""
+    precision = Precision(context.compute)
+    return [float(precision.scalar(context.number("weight", model))) for model in context.experts]
+
+
+def _added(numbers: Sequence[float], precision: Precision) -> float:
+    """Return the sum of values of the compute dtype, accumulated in order and rounded once."""
+    total = precision.carrier(0)
+    for number in numbers:
+        total = total + precision.carrier(number)
+    return float(precision.scalar(float(total)))
+
+
+def _weights(context: TensorContext) -> tuple[float, ...]:
+    """Return the weights as they enter the merge."""
+    precision = Precision(context.compute)
+    weights = _given_weights(context)
+    if not context.shared["normalize_weights"] or len(weights) == 1:
+        return tuple(weights)
+    total = precision.carrier(_added(weights, precision))
+    return tuple(float(precision.scalar(float(precision.carrier(weight) / total))) for weight in weights)
+
+
+def _advance(context: TensorContext, answers: Answers) -> tuple[MultislerpCoefficients, tuple[Statistic, ...]]:
+    """Return the numbers that follow from ``answers``, and what must be asked for the next ones: nothing at the end."""
+    known = MultislerpCoefficients(context.base, context.experts, _weights(context))
+    if len(known.models) == 1:
+        return known, ()
+    precision = Precision(context.compute)
+    least = precision.scalar(context.number("eps"))
+
+    squares = _ask(context, "squares", known, _squares, len(known.models))
+    if squares not in answers:
+        return known, (squares,)
+    norms = [_norm(float(square), precision) for square in answers.vector(squares)]
+    # In F16 eps is 0: there what has no length has no direction either, where torch would divide by zero.
+    lengths = [float(precision.scalar(norm + float(least))) or 1.0 for norm in norms]
+    weighed = [precision.carrier(norm) * precision.carrier(w) for norm, w in zip(norms, known.weights, strict=True)]
+    radius = _added([float(precision.scalar(float(one))) for one in weighed], precision)
+    known = replace(known, lengths=tuple(lengths), radius=radius)
+
+    mean = _ask(context, "squares of the mean", known, _mean_squares, 1)
+    if mean not in answers:
+        return known, (mean,)
+    mean_norm = _norm(float(answers.vector(mean)[0]), precision)
+    if mean_norm < least or mean_norm == 0:
+        return known, ()
+    known = replace(known, mean_norm=mean_norm)
+
+    products = _ask(context, "projections", known, _projections, len(known.models))
+    if products not in answers:
+        return known, (products,)
+    known = replace(known, projections=tuple(float(precision.scalar(one)) for one in answers.vector(products)))
+
+    tangent = _ask(context, "squares of the tangent", known, _tangent_squares, 1)
+    if tangent not in answers:
+        return known, (tangent,)
+    angle = precision.scalar(_norm(float(answers.vector(tangent)[0]), precision) + float(least))
+    ahead, across = (float(function(np.array([angle]), precision)[0]) for function in (cosine, sine))
+    aside = 1.0 if angle == 0 else float(precision.scalar(float(precision.carrier(across) / angle)))
+    return replace(known, ahead=ahead, aside=aside), ()
+
+
+def _norm(squares: float, precision: Precision) -> float:
+    """Return a norm, rounded, from its square."""
+    return float(precision.scalar(math.sqrt(squares)))
+
+
+def _weighed(terms: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Array:
+    """Return the weighted sum of ``terms``: products rounded, accumulated in order, and rounded once."""
+    total: Array = np.zeros_like(terms[0])
+    for values, weight in zip(terms, known.weights, strict=True):
+        total = total + precision.round(values * precision.carrier(weight))
+    return precision.round(total)
+
+
+def _mean_direction(
+    deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision
+) -> tuple[Array, list[Array]]:
+    """Return the weighted mean of the directions, of length 1 once its norm is known, and the directions."""
+    kind = precision.carrier
+    directions = [precision.round(delta / kind(length)) for delta, length in zip(deltas, known.lengths, strict=True)]
+    mean = _weighed(directions, known, precision)
+    return (mean if known.mean_norm is None else precision.round(mean / kind(known.mean_norm))), directions
+
+
+def _tangent(mean: Array, directions: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Array:
+    """Return the weighted sum of what is left of the directions beside the mean."""
+    tangents = [
+        precision.round(direction - precision.round(precision.carrier(projection) * mean))
+        for direction, projection in zip(directions, known.projections, strict=True)
+    ]
+    return _weighed(tangents, known, precision)
+
+
+# What is summed over the whole tensor
+
+_Terms: TypeAlias = Callable[[Sequence[Array], MultislerpCoefficients, Precision], Sequence[Array]]
+
+
+def _ask(context: TensorContext, name: str, known: MultislerpCoefficients, terms: _Terms, count: int) -> ElementSums:
+    """Ask for sums of ``terms`` of the deltas. What is known follows from the inputs, the weights and eps."""
+
+    def of_block(block: Block, precision: Precision) -> Array:
+        inputs = block.inputs[: len(known.models)]
+        if known.base is not None:
+            inputs = tuple(precision.round(values - block.inputs[-1]) for values in inputs)
+        return np.stack(terms(inputs, known, precision))
+
+    models = known.models if known.base is None else (*known.models, known.base)
+    arguments = (*known.weights, context.number("eps"), float(known.base is not None))
+    return ElementSums(f"multislerp: {name}", models, of_block, arguments, count=count)
+
+
+def _squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    return [delta.astype(np.float64) ** 2 for delta in deltas]
+
+
+def _mean_squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_mean_direction(deltas, known, precision)[0].astype(np.float64) ** 2]
+
+
+def _projections(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    mean, directions = _mean_direction(deltas, known, precision)
+    return [precision.round(direction * mean) for direction in directions]
+
+
+def _tangent_squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    mean, directions = _mean_direction(deltas, known, precision)
+    return [_tangent(mean, directions, known, precision).astype(np.float64) ** 2]

@@ -1,0 +1,256 @@
+"""Spherical interpolation of two models, or of what they add to a base (mergekit's "NuSLERP").
+
+The angle is that between whole tensors, between their rows (the last dimension), or between their columns (runs along
+the first dimension).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergefs.errors import RecipeError
+from mergefs.kernels.elementary import arc_cosine, sine
+from mergefs.kernels.precision import Array, Precision
+from mergefs.methods.contract import (
+    LONGEST_ROW,
+    Answers,
+    BasePolicy,
+    Block,
+    ColumnSums,
+    ElementSum,
+    FewModels,
+    Method,
+    Parameter,
+    Scope,
+    Specification,
+    Statistic,
+    TensorContext,
+    Vector,
+)
+
+Part = Literal["whole", "rows", "columns"]
+
+_SMALLEST_NORM: Final = 1e-7
+_COLINEAR: Final = 1e-16
+_SMALLEST_WEIGHT: Final = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """How far to turn, for each part of a tensor that has an angle of its own: arrays of one value for each part.
+
+    ``first`` and ``second`` are the sines that the two inputs are weighed by, ``divisor`` that of the whole angle;
+    ``straight`` says where the two are colinear and a line is taken.
+    """
+
+    first: Array
+    second: Array
+    divisor: Array
+    straight: NDArray[np.bool_]
+
+    def of_elements(self, spread: Callable[[NDArray[Any]], NDArray[Any]]) -> "Turn":
+        """Return the turn of each element of a run; ``spread`` gives the values of the parts that these belong to."""
+        return Turn(spread(self.first), spread(self.second), spread(self.divisor), spread(self.straight))
+
+
+@dataclass(frozen=True, slots=True)
+class NuslerpCoefficients:
+    """Which inputs take part, how far ``share`` to go to the second, and the turn; None where each row has its own."""
+
+    base: int | None
+    pair: tuple[int, int]
+    share: float
+    row: int
+    turn: Turn | None
+
+
+class Nuslerp(Method[NuslerpCoefficients]):
+    """``(sin((1-t) angle) * a + sin(t angle) * b) / sin(angle)``, rounded to the compute dtype at each step."""
+
+    specification = Specification(
+        name="nuslerp",
+        title="NuSLERP",
+        reference="https://en.wikipedia.org/wiki/Slerp",
+        summary="Spherical interpolation between two models, or between what they add to a base.",
+        parameters=(
+            Parameter("weight", "float", Scope.PER_EXPERT, "share of the model; only ratios matter", required=True),
+            Parameter("nuslerp_flatten", "bool", Scope.GLOBAL, "take one angle for the whole tensor", default=True),
+            Parameter(
+                "nuslerp_row_wise",
+                "bool",
+                Scope.GLOBAL,
+                "without nuslerp_flatten: an angle for each column (first dimension) instead of each row (last)",
+                default=False,
+            ),
+        ),
+        base=BasePolicy.OPTIONAL,
+        min_models=2,
+        max_models=3,
+        min_experts=2,
+        max_experts=2,
+        few_models=FewModels.TAKE_ONE,
+    )
+
+    def check(self, context: TensorContext) -> None:
+        """Refuse rows that are too long to be seen whole, and more columns than memory should hold."""
+        part = _part(context)
+        length = {"whole": 0, "rows": context.row, "columns": context.columns}[part]
+        if length > LONGEST_ROW:
+            having = f"rows of {length} elements" if part == "rows" else f"{length} columns"
+            raise RecipeError(
+                f"tensor {context.name!r} has {having}, and nuslerp takes at most {LONGEST_ROW} where it does not take "
+                "one angle for the whole tensor; set `nuslerp_flatten: true`"
+            )
+
+    def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
+        """The squared norms of both inputs; none where each row has its own, for a kernel sees whole rows."""
+        return () if _part(context) == "rows" else _squares(context)
+
+    def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
+        """The inner product of the two directions, whose elements are rounded as torch rounds them."""
+        if _part(context) == "rows":
+            return ()
+        wanted = _products(context, answers)
+        return () if wanted in answers else (wanted,)
+
+    def coefficients(self, context: TensorContext, answers: Answers) -> NuslerpCoefficients:
+        """Turn the weights into a share, and the inner product into a turn."""
+        share, turn = _share(context), None
+        if _part(context) != "rows":
+            turn = _turn(_total(answers, _products(context, answers)), share, Precision(context.compute))
+        return NuslerpCoefficients(context.base, _pair(context), share, context.row, turn)
+
+    def grain(self, coefficients: NuslerpCoefficients) -> int:
+        """Return a row where each has an angle of its own."""
+        return coefficients.row if coefficients.turn is None else 1
+
+    def reference(self, block: Block, coefficients: NuslerpCoefficients, precision: Precision) -> Array:
+        """Follow the formula, rounding after each step as torch does in the compute dtype."""
+        base = None if coefficients.base is None else block.inputs[coefficients.base]
+        first, second = (_delta(block.inputs[model], base, precision) for model in coefficients.pair)
+        if coefficients.turn is None:
+            turn = _turn_of_rows(first, second, coefficients, precision)
+        else:
+            turn = coefficients.turn.of_elements(lambda parts: _of_columns(parts, block.start, first.size))
+        bent = precision.round(_weighed(first, second, turn.first, turn.second, precision) / turn.divisor)
+        kind = precision.carrier
+        line = _weighed(first, second, kind(1 - coefficients.share), kind(coefficients.share), precision)
+        result: Array = np.where(turn.straight, line, bent)
+        return result if base is None else precision.round(base + result)
+
+    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+        """About the shares: the angle between fine-tunes of one base is small."""
+        share = _share(context)
+        shares = dict(zip(_pair(context), (1 - share, share), strict=True))
+        return tuple(shares.get(model, 0.0) for model in range(context.models))
+
+
+def _part(context: TensorContext) -> Part:
+    """Return which part of a tensor has an angle of its own."""
+    if context.shared["nuslerp_flatten"]:
+        return "whole"
+    return "columns" if context.shared["nuslerp_row_wise"] else "rows"
+
+
+def _pair(context: TensorContext) -> tuple[int, int]:
+    """Return the indices of the two models."""
+    first, second = context.experts
+    return first, second
+
+
+def _share(context: TensorContext) -> float:
+    """Return how far to go to the second model; half of the way where the weights add up to nothing."""
+    first, second = (context.number("weight", model) for model in _pair(context))
+    total = first + second
+    return 0.5 if abs(total) < _SMALLEST_WEIGHT else second / total
+
+
+def _delta(values: Array, base: Array | None, precision: Precision) -> Array:
+    """Return what a model adds to the base, or without one the model itself."""
+    return values if base is None else precision.round(values - base)
+
+
+def _weighed(first: Array, second: Array, one: Any, other: Any, precision: Precision) -> Array:
+    """Return ``one * first + other * second``, rounded at each step."""
+    return precision.round(precision.round(one * first) + precision.round(other * second))
+
+
+def _deltas(block: Block, precision: Precision, count: int) -> list[Array]:
+    """Return the first ``count`` inputs of a statistic, less the base where it follows them."""
+    base = block.inputs[count] if len(block.inputs) > count else None
+    return [_delta(values, base, precision) for values in block.inputs[:count]]
+
+
+def _sum(
+    context: TensorContext, name: str, models: tuple[int, ...], terms: Callable[[Block, Precision], Array]
+) -> ElementSum | ColumnSums:
+    """Ask for the sum of a quantity over each part of the tensor."""
+    models = models if context.base is None else (*models, context.base)
+    name = name if context.base is None else f"{name} of deltas"
+    if _part(context) == "whole":
+        return ElementSum(name, models, terms)
+    return ColumnSums(name, models, terms, columns=context.columns)
+
+
+def _total(answers: Answers, statistic: ElementSum | ColumnSums) -> Vector:
+    """Return the answer for each part."""
+    if isinstance(statistic, ElementSum):
+        return np.array([answers.number(statistic)], dtype=np.float64)
+    return answers.vector(statistic)
+
+
+def _squares(context: TensorContext) -> tuple[ElementSum | ColumnSums, ...]:
+    """Ask for the squared norms of both models."""
+    return tuple(_sum(context, "squares", (model,), _squares_of_block) for model in _pair(context))
+
+
+def _squares_of_block(block: Block, precision: Precision) -> Array:
+    (delta,) = _deltas(block, precision, 1)
+    return delta.astype(np.float64) ** 2
+
+
+def _products(context: TensorContext, answers: Answers) -> ElementSum | ColumnSums:
+    """Ask for the inner product of the two directions."""
+    lengths = [_length(_total(answers, squares), Precision(context.compute)) for squares in _squares(context)]
+
+    def products(block: Block, precision: Precision) -> Array:
+        deltas = _deltas(block, precision, 2)
+        spread = [_of_columns(length, block.start, deltas[0].size) for length in lengths]
+        first, second = (precision.round(delta / length) for delta, length in zip(deltas, spread, strict=True))
+        return precision.round(first * second)
+
+    return _sum(context, "products of directions", _pair(context), products)
+
+
+def _length(squares: Vector, precision: Precision) -> Array:
+    """Return what vectors are divided by, from their squared norms."""
+    norms = precision.round(np.sqrt(squares).astype(precision.carrier))
+    return np.maximum(norms, precision.scalar(_SMALLEST_NORM))
+
+
+def _turn(products: Vector, share: float, precision: Precision) -> Turn:
+    """Return how far to turn, from the inner product of two directions."""
+    kind = precision.carrier
+    cosine = np.clip(precision.round(products.astype(kind)), -1, 1)
+    straight = precision.round(kind(1) - precision.round(cosine * cosine)) <= precision.scalar(_COLINEAR)
+    angle = arc_cosine(np.where(straight, kind(0), cosine), precision)
+    first, second = (sine(precision.round(kind(part) * angle), precision) for part in (1 - share, share))
+    return Turn(first, second, sine(angle, precision), straight)
+
+
+def _turn_of_rows(first: Array, second: Array, coefficients: NuslerpCoefficients, precision: Precision) -> Turn:
+    """Return the turn of each element of a block of whole rows."""
+    row = coefficients.row
+    rows = [delta.reshape(-1, row) for delta in (first, second)]
+    lengths = [_length((delta.astype(np.float64) ** 2).sum(axis=1), precision) for delta in rows]
+    directions = [precision.round(delta / length[:, None]) for delta, length in zip(rows, lengths, strict=True)]
+    products = precision.round(directions[0] * directions[1]).astype(np.float64).sum(axis=1)
+    return _turn(products, coefficients.share, precision).of_elements(lambda parts: np.repeat(parts, row))
+
+
+def _of_columns(parts: NDArray[Any], start: int, count: int) -> NDArray[Any]:
+    """Return the values of the columns that a run of elements belongs to; all are the same where there is but one."""
+    return parts if parts.size == 1 else parts[np.arange(start, start + count) % parts.size]
