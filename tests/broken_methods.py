@@ -217,7 +217,7 @@ BROKEN: Final[dict[str, Broken]] = {
         "statistics",
         "are others when a block ends after element",
     ),
-    "without end": Broken(with_methods(further_statistics=_forever), "statistics", "after 8 passes it still asks for"),
+    "without end": Broken(with_methods(further_statistics=_forever), "statistics", "after 64 passes it still asks for"),
     "key": Broken(
         with_methods(
             **_asking(

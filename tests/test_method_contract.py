@@ -83,7 +83,7 @@ def test_the_statistics_in_memory_are_those_that_the_service_gathers(
         (directory / "config.json").write_text("{}")
         places.append(StoredTensor.of(open_checkpoint(directory), "weight"))
         raws.append(raw)
-    context = TensorContext("weight", size, size, compute, 1, 2, {}, ({}, {}), 0)
+    context = TensorContext("weight", size, size, 1, compute, 1, 2, {}, ({}, {}), 0)
     case = Case(context, (size,), tuple(raws), ("weights", "weights"))
     keep = data.draw(st.integers(1, size))
     wanted = (MagnitudeThreshold(0, keep), MagnitudeRescale(0, keep, data.draw(st.integers(0, keep - 1))))

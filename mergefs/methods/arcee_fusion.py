@@ -56,6 +56,7 @@ class ArceeFusion(Method[ArceeFusionCoefficients]):
         min_models=2,
         max_models=2,
         few_models=FewModels.TAKE_ONE,
+        needs="the divergence of each row's softmax, then the quartiles of the importance that follows",
     )
 
     def check(self, context: TensorContext) -> None:

@@ -12,8 +12,10 @@ def models_in_words(specification: Specification) -> str:
     """Return how many models a recipe may have."""
     low, high = specification.min_models, specification.max_models
     number = f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
-    base = "" if specification.base is BasePolicy.OPTIONAL else ", the base among them"
-    return f"{number}{base}"
+    if specification.base is not BasePolicy.OPTIONAL:
+        return f"{number}, the base among them"
+    low, high = specification.min_experts, specification.max_experts
+    return f"{low}{' or more' if high is None else '' if low == high else f' to {high}'}, and a base or none"
 
 
 def default_in_words(parameter: Parameter) -> str:
@@ -35,9 +37,12 @@ def range_in_words(parameter: Parameter) -> str:
 def example_recipe(specification: Specification) -> str:
     """Return the smallest sensible recipe that uses the method, as YAML."""
     with_base = specification.base is BasePolicy.REQUIRED
-    least = max(1, specification.min_models - with_base)
-    most = None if specification.max_models is None else specification.max_models - with_base
-    listed = max(least, 2) if most is None else max(least, min(2, most))
+    least = max(1, specification.min_experts, specification.min_models - with_base)
+    bounds = (
+        specification.max_experts,
+        None if specification.max_models is None else specification.max_models - with_base,
+    )
+    listed = max(least, min(2, *(bound for bound in bounds if bound is not None), 2))
     required = [parameter for parameter in specification.parameters if parameter.required]
     lines = [f"merge_method: {specification.name}", *(["base_model: path/to/base"] if with_base else []), "models:"]
     for number in range(1, listed + 1):
@@ -58,6 +63,8 @@ def _some_value(parameter: Parameter) -> float | bool:
     if parameter.kind == "bool":
         return True
     low, high = parameter.minimum, parameter.maximum
+    if parameter.kind == "int":
+        return 1 if low is None else int(low)
     if low is not None and high is not None:
         return (low + high) / 2
     return max(low, 0.5) if low is not None else min(high, 0.5) if high is not None else 0.5

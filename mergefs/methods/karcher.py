@@ -98,6 +98,7 @@ class Karcher(Method[KarcherCoefficients]):
             ),
         ),
         base=BasePolicy.AS_INPUT,
+        needs="the norms of the tensors, then up to three sums for each step towards the centre",
     )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:

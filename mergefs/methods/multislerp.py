@@ -72,6 +72,7 @@ class Multislerp(Method[MultislerpCoefficients]):
         ),
         base=BasePolicy.OPTIONAL,
         min_experts=1,
+        needs="the norms of the tensors, of their mean, and of what is left beside it, in four passes",
     )
 
     def check(self, context: TensorContext) -> None:

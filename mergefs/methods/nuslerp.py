@@ -92,6 +92,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
         min_experts=2,
         max_experts=2,
         few_models=FewModels.TAKE_ONE,
+        needs="the norms of both tensors, then the inner product of their directions, unless rows have angles",
     )
 
     def check(self, context: TensorContext) -> None:

@@ -72,6 +72,7 @@ class Sce(Method[SceCoefficients]):
             Parameter("int8_mask", "bool", Scope.GLOBAL, "accepted for mergekit; changes nothing", default=False),
         ),
         base=BasePolicy.REQUIRED,
+        needs="how many elements vary and which vary most, where only some are selected; then the energy of each delta",
     )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:

@@ -5,7 +5,7 @@ two against each other.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,16 +13,25 @@ from mergefs.kernels.precision import Array, Precision
 from mergefs.methods.contract import (
     Answer,
     Answers,
+    ColumnSums,
+    ElementQuantile,
     ElementSum,
+    ElementSums,
+    ElementThreshold,
     MagnitudeRescale,
     MagnitudeThreshold,
     Method,
+    Quantity,
+    RowValues,
     Statistic,
     Threshold,
+    Vector,
 )
 from mergefs.testing.cases import Case
 
-MOST_PASSES = 8
+AboutQuantity: TypeAlias = ElementSum | ElementSums | ElementThreshold | ElementQuantile | RowValues | ColumnSums
+
+MOST_PASSES = 64
 _SMALLEST_SUM = 1e-7
 
 
@@ -45,8 +54,8 @@ def answer(statistic: Statistic, case: Case) -> Answer:
     """Return the answer to one statistic. Raises ValueError where there can be none."""
     _require_possible(statistic, case)
     with np.errstate(all="ignore"):
-        if isinstance(statistic, ElementSum):
-            return float(terms_of(statistic, case).astype(np.float64).sum())
+        if isinstance(statistic, Quantity):
+            return _about_quantity(statistic, terms_of(statistic, case), case.precision)
         inputs = case.values().inputs
         delta = case.precision.round(inputs[statistic.model] - inputs[case.context.base or 0])
         keys = case.precision.magnitude_keys(delta)
@@ -55,15 +64,29 @@ def answer(statistic: Statistic, case: Case) -> Answer:
         return _rescale(statistic, delta, keys, case.precision)
 
 
-def terms_of(statistic: ElementSum, case: Case, start: int = 0, stop: int | None = None) -> Array:
-    """Return the terms of a sum for a run of elements."""
+def _about_quantity(statistic: AboutQuantity, terms: Array, precision: Precision) -> Answer:
+    """Return the answer to a statistic from the terms of all elements."""
+    if isinstance(statistic, ElementThreshold):
+        return threshold(precision.order_keys(terms), statistic.keep)
+    if isinstance(statistic, ElementQuantile):
+        return float(np.sort(terms)[statistic.rank])
+    wide: Vector = terms.astype(np.float64)
+    if isinstance(statistic, ElementSums | ColumnSums):
+        by_sum = wide if isinstance(statistic, ElementSums) else wide.reshape(-1, statistic.columns).T
+        totals: Vector = by_sum.sum(axis=1)
+        return totals
+    return wide if isinstance(statistic, RowValues) else float(wide.sum())
+
+
+def terms_of(statistic: AboutQuantity, case: Case, start: int = 0, stop: int | None = None) -> Array:
+    """Return the terms of a quantity for a run of elements."""
     with np.errstate(all="ignore"):
         return statistic.terms(case.values(start, stop, statistic.models), case.precision)
 
 
 def threshold(keys: Any, keep: int) -> Threshold:
     """Return the threshold that the ``keep`` largest keys survive, of equal ones those that come first."""
-    order = np.argsort(-keys.astype(np.int64), kind="stable")
+    order = np.lexsort((np.arange(keys.size), ~keys))
     survivors = order[:keep]
     last = int(keys[survivors[-1]])
     equal = np.flatnonzero(keys == last)
@@ -86,9 +109,13 @@ def _rescale(statistic: MagnitudeRescale, delta: Array, keys: Any, precision: Pr
 
 def _require_possible(statistic: Statistic, case: Case) -> None:
     context = case.context
-    if isinstance(statistic, ElementSum):
+    if isinstance(statistic, Quantity):
         if not statistic.models or not all(0 <= model < context.models for model in statistic.models):
             raise ValueError(f"the sum {statistic.name!r} looks at models {statistic.models} of {context.models}")
+        if isinstance(statistic, ElementThreshold) and not 1 <= statistic.keep <= context.size:
+            raise ValueError(f"{statistic} keeps more or fewer elements than the {context.size} that there are")
+        if isinstance(statistic, ElementQuantile) and not 0 <= statistic.rank < context.size:
+            raise ValueError(f"{statistic} asks for a rank among the {context.size} elements that there are")
         return
     if context.base is None or statistic.model not in context.experts:
         raise ValueError(f"{statistic} is about a model that has no delta")

@@ -67,10 +67,9 @@ def make_case(method: Method[Any], choices: Choices, finite: bool = False) -> Ca
     """Return a case that a recipe could lead to, of any kind of data, or of finite numbers of everyday size."""
     specification = method.specification
     shape = choices.pick(_SHAPES)
-    most = min(specification.max_models or _MOST_MODELS, max(_MOST_MODELS, specification.min_models))
-    models = choices.integer(specification.min_models, most)
-    base = None if specification.base is not BasePolicy.REQUIRED and choices.pick((True, False)) else 0
-    base = base if base is None else choices.integer(0, models - 1)
+    with_base = specification.base is BasePolicy.REQUIRED or choices.pick((True, False))
+    models = _number_of_models(specification, choices, with_base)
+    base = choices.integer(0, models - 1) if with_base else None
     compute = choices.pick(DTYPES)
     kinds = tuple(choices.pick(_FINITE_KINDS if finite else _KINDS) for _ in range(models))
     context = _context(specification, choices, shape, compute, base, models)
@@ -82,6 +81,14 @@ def make_case(method: Method[Any], choices: Choices, finite: bool = False) -> Ca
         raws.append(raw)
     require_possible(method, context, choices)
     return Case(context, shape, tuple(raws), kinds)
+
+
+def _number_of_models(specification: Specification, choices: Choices, with_base: bool) -> int:
+    """Return a number of models that a recipe may have, the base among them where there is one."""
+    low = max(specification.min_models, specification.min_experts + with_base)
+    bounds = (specification.max_models, specification.max_experts and specification.max_experts + with_base)
+    high = min(bound for bound in (*bounds, max(_MOST_MODELS, low)) if bound is not None)
+    return low if low > high else choices.integer(low, high)
 
 
 def vary(method: Method[Any], case: Case, choices: Choices) -> Case:
@@ -119,6 +126,7 @@ def _context(
         name=choices.pick(_NAMES),
         size=math.prod(shape),
         row=max(1, shape[-1] if shape else 1),
+        columns=max(1, math.prod(shape[1:])),
         compute=compute,
         base=base,
         models=models,
@@ -134,6 +142,9 @@ def value_of(parameter: Parameter, choices: Choices) -> Value:
     if parameter.kind == "bool":
         return choices.pick([*options, False, True])
     low, high = parameter.minimum, parameter.maximum
+    if parameter.kind == "int":
+        start = 0 if low is None else int(low)
+        return choices.pick([*options, start, choices.integer(start, start + 3 if high is None else int(high))])
     if choices.pick((True, False)):
         return choices.number(-1.0 if low is None else low, 2.0 + (low or 0.0) if high is None else high)
     options += [bound for bound in (low, high) if bound is not None]

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from mergefs.methods.contract import ElementSum, Method
-from mergefs.testing.answers import terms_of
+from mergefs.methods.contract import Method, Quantity
+from mergefs.testing.answers import AboutQuantity, terms_of
 from mergefs.testing.cases import vary
 from mergefs.testing.choices import Choices
 from mergefs.testing.trial import Trial, for_each_trial
@@ -24,43 +24,43 @@ def _check_statistics(trial: Trial, choices: Choices) -> None:
         "it asks for statistics, and `needs` of its specification does not say which",
     )
     for statistic in wanted:
-        if isinstance(statistic, ElementSum):
+        if isinstance(statistic, Quantity):
             _check_terms(trial, statistic, choices)
 
 
-def _check_terms(trial: Trial, statistic: ElementSum, choices: Choices) -> None:
+def _check_terms(trial: Trial, statistic: AboutQuantity, choices: Choices) -> None:
     context = trial.case.context
     cut = context.row * choices.integer(0, context.size // context.row)
-    with trial.calling(f"the sum {statistic.name!r}"):
-        whole = np.ravel(terms_of(statistic, trial.case))
-        pieces = [np.ravel(terms_of(statistic, trial.case, *piece)) for piece in ((0, cut), (cut, context.size))]
+    with trial.calling(f"the quantity {statistic.name!r}"):
+        whole = terms_of(statistic, trial.case)
+        pieces = [terms_of(statistic, trial.case, *piece) for piece in ((0, cut), (cut, context.size))]
     trial.require(
-        np.array_equal(np.concatenate(pieces), whole, equal_nan=True),
-        f"the terms of the sum {statistic.name!r} are others when a block ends after element {cut}",
+        np.array_equal(np.concatenate(pieces, axis=-1), whole, equal_nan=True),
+        f"the terms of the quantity {statistic.name!r} are others when a block ends after element {cut}",
     )
 
 
 def check_statistic_keys(method: Method[Any]) -> None:
-    """Two sums that the catalog takes for the same, by name, models and arguments, are the same quantity."""
+    """Two statistics that the catalog takes for the same, by name, models and arguments, are the same quantity."""
     for_each_trial(method, _check_keys, finite=True)
 
 
 def _check_keys(trial: Trial, choices: Choices) -> None:
     other = Trial(trial.method, vary(trial.method, trial.case, choices))
-    first, second = _sums(trial), _sums(other)
+    first, second = _quantities(trial), _quantities(other)
     for statistic, others in ((one, second[one]) for one in first if one in second):
-        with trial.calling(f"the sum {statistic.name!r}"):
+        with trial.calling(f"the quantity {statistic.name!r}"):
             terms = terms_of(statistic, trial.case), terms_of(others, other.case)
         trial.require(
             np.array_equal(*terms, equal_nan=True),
-            f"the sum {statistic.name!r} of models {statistic.models} with arguments {statistic.arguments} is another "
-            f"quantity for {other.case.describe()}; all that its terms depend on belongs into `arguments`",
+            f"the quantity {statistic.name!r} of models {statistic.models} with arguments {statistic.arguments} is "
+            f"another one for {other.case.describe()}; all that its terms depend on belongs into `arguments`",
         )
 
 
-def _sums(trial: Trial) -> dict[ElementSum, ElementSum]:
-    """Return the sums that a method asks for, by themselves: equal ones are the same for the catalog."""
-    return {statistic: statistic for statistic in trial.statistics() if isinstance(statistic, ElementSum)}
+def _quantities(trial: Trial) -> dict[AboutQuantity, AboutQuantity]:
+    """Return the quantities that a method asks about, by themselves: equal ones are the same for the catalog."""
+    return {statistic: statistic for statistic in trial.statistics() if isinstance(statistic, Quantity)}
 
 
 def check_sensitivity(method: Method[Any]) -> None:
