@@ -227,9 +227,6 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
         ("normalize: false", "1: false", 9, ("a key must be text, not 1", "in quotes")),
         ("normalize: false", "? [a]\n  : 1", 9, ("a key must be text, not a list",)),
         # what is still to come
-        ("dtype: bfloat16", "tokenizer: {source: union}", 10, ("'tokenizer'", "yet", "remove the key")),
-        ("dtype: bfloat16", "tokenizer_source: union", 10, ("'tokenizer_source'", "yet", "remove the key")),
-        ("dtype: bfloat16", "chat_template: auto", 10, ("'chat_template'", "yet", "remove the key")),
         ("model: math", "model: math+lora", 4, ("'math+lora'", "adapter", "merge_and_unload", "path: PATH")),
         ("model: math", "model: {model: math, lora: x}", 4, ("adapter", "merge_and_unload")),
         ("- model: math", "- model: math\n    lora: x", 5, ("'lora'", "adapter")),

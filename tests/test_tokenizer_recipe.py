@@ -11,7 +11,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 from pydantic import ValidationError
 
 from mergefs.errors import RecipeError
-from mergefs.recipe.document import TableItem, parse_document
+from mergefs.recipe.document import TableItem, parse_documents
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import (
     BUILT_IN_CHAT_TEMPLATES,
@@ -28,7 +28,7 @@ A, B = (ModelReference(name, name, None, None) for name in ("org/a", "org/b"))
 
 
 def table(text: str) -> TableItem:
-    item = parse_document(dedent(text), "<recipe>")
+    (item,) = parse_documents(dedent(text), "<recipe>")
     assert isinstance(item, TableItem)
     return item
 

@@ -24,8 +24,12 @@ def _vocabulary_in_order(tokenizer: TokenizersBackend) -> dict[str, int]:
 
 def _models_in_order(configuration: MergeConfiguration) -> list[ModelReference]:
     """Return the models as they are listed, then the base where it is not among them."""
-    entries = list(configuration.models or [])
-    entries += [source for part in configuration.slices or [] for source in part.sources]
+    entries: list[Any] = list(configuration.models or [])
+    slices = list(configuration.slices or [])
+    for module in (configuration.modules or {}).values():  # into which mergekit turns the others as it plans
+        entries += module.models or []
+        slices += module.slices or []
+    entries += [source for part in slices for source in part.sources]
     found = [entry.model for entry in entries]
     return list(dict.fromkeys([*found, *([configuration.base_model] if configuration.base_model else [])]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mergefs.catalog import Catalog
-from mergefs.recipe.document import TableItem, parse_document
+from mergefs.recipe.document import TableItem, parse_documents
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import read_tokenizer
 from mergefs.tokenizer import __main__ as builder
@@ -53,7 +53,7 @@ def tokenizer_of(directory: Path) -> ModelTokenizer:
 
 def vocabulary_of(document: Mapping[str, Any], catalog: Path) -> MergedVocabulary:
     """Return the merged vocabulary that a recipe asks for."""
-    item = parse_document(json.dumps(dict(document)), "<recipe>")
+    (item,) = parse_documents(json.dumps(dict(document)), "<recipe>")
     assert isinstance(item, TableItem)
     settings = read_tokenizer(item)
     assert settings is not None

@@ -36,7 +36,7 @@ class ModelFiles:
         self._resources = resources
         self._contents: dict[str, _Content] = {
             name: _Generated(content) if isinstance(content, bytes) else content
-            for name, content in plan.donor.files.items()
+            for name, content in plan.companions.items()
         }
         self._contents |= {name: _Generated(data) for name, data in documents(plan).items()}
         self._contents |= {file.name: _Merged() for file in plan.files}

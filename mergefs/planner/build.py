@@ -19,9 +19,11 @@ from mergefs.planner.configuration import merged_config
 from mergefs.planner.identity import plan_identity
 from mergefs.planner.layout import DEFAULT_SHARD_SIZE, lay_out
 from mergefs.planner.models import ModelOpener
-from mergefs.planner.plan import BudgetOutcome, InputModel, MergePlan, PlanInput, TensorPlan
+from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
 from mergefs.planner.selection import select_blocks
 from mergefs.planner.tensors import TensorPlanner, require_known_filters
+from mergefs.planner.tokenizer import plan_tokenizer
+from mergefs.planner.vocabulary import Alignment
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.definition import Recipe
@@ -35,13 +37,15 @@ class PlanOptions:
     """What a plan depends on beside the recipe.
 
     ``budget`` is as in ``parse_budget``, None for none. ``base`` names a model that stands in for what the budget does
-    not buy, for recipes without a base.
+    not buy, for recipes without a base. ``truncate_embeddings`` merges vocabularies of different sizes without a
+    merged tokenizer by their first rows, which is sound only where the same ids mean the same tokens.
     """
 
     budget: str | None = None
     base: str | None = None
     random_seed: int = 0
     max_shard_size: int = DEFAULT_SHARD_SIZE
+    truncate_embeddings: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Draft:
     """A plan before the budget is spent: every tensor is there and everything is read.
 
     ``config`` is the content of the merged model's config.json, None where the donor's file stays as it is.
+    ``companions`` are the files beside the weights that come from models, ``tokenizer`` identifies what the recipe
+    changes in them.
     """
 
     recipe: Recipe
@@ -56,6 +62,8 @@ class Draft:
     stand_in: PlanInput | None
     donor: InputModel
     config: Mapping[str, Any] | None
+    companions: Mapping[str, FileContent]
+    tokenizer: str | None
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...]
 
@@ -97,6 +105,7 @@ class Drafter:
     def __init__(self, options: PlanOptions, workspace: Workspace) -> None:
         self._options = options
         self._catalog = workspace.catalog
+        self._statistics = workspace.statistics
         self._opener = ModelOpener(workspace, self._merge)
 
     def draft(self, recipe: Recipe) -> Draft:
@@ -114,11 +123,21 @@ class Drafter:
         models = {reference: entry.model for reference, entry in opened.items()}
         donor = _donor(recipe, opened, stand_in)
         assembly = assemble(recipe, models, donor)
-        planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed).plan(assembly)
+        tokenizer = plan_tokenizer(recipe, models, stand_in.model if stand_in else None, donor, self._catalog)
+        alignment = Alignment(tokenizer.vocabulary, self._options.truncate_embeddings, self._statistics)
+        planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed, alignment).plan(assembly)
         require_known_filters(recipe, unmatched_filters(recipe, planned.names))
-        notes = (*planned.notes, *gradient_notes(recipe, donor.number_of_layers))
-        config = merged_config(donor, recipe, assembly.layers)
-        return Draft(recipe, tuple(opened.values()), stand_in, donor, config, planned.tensors, notes)
+        return Draft(
+            recipe=recipe,
+            inputs=tuple(opened.values()),
+            stand_in=stand_in,
+            donor=donor,
+            config=merged_config(donor, recipe, assembly.layers, alignment.vocabulary_size),
+            companions=tokenizer.companions,
+            tokenizer=tokenizer.digest,
+            tensors=planned.tensors,
+            notes=(*tokenizer.notes, *planned.notes, *gradient_notes(recipe, donor.number_of_layers)),
+        )
 
     def _merge(self, recipe: Recipe) -> MergePlan:
         """Plan a merge whose result another recipe merges: whole, since the budget is spent by the other."""
@@ -184,6 +203,8 @@ def _assemble(
         options.random_seed,
         options.max_shard_size,
         method_origin(draft.recipe.method),
+        draft.tokenizer,
+        options.truncate_embeddings,
     )
     known = catalog.plan(plan_id)
     return MergePlan(
@@ -194,6 +215,7 @@ def _assemble(
         stand_in=draft.stand_in,
         donor=draft.donor,
         config=draft.config,
+        companions=draft.companions,
         tensors={tensor.name: tensor for tensor in draft.tensors},
         files=lay_out(draft.tensors, options.max_shard_size),
         outcome=_outcome(draft.tensors, budget_bytes, error),

@@ -25,20 +25,27 @@ _LISTS_OF_NUMBERS: Final = frozenset(
     | {"full_attn_idxs", "global_attn_layers"}
 )
 _NO_LISTS_OF_LAYERS: Final = ("token_id", "architectures", "labels", "keys_to_ignore", "mrope_section")
+_VOCABULARY_SIZE: Final = "vocab_size"
 _COUNTED: Final = ("max_window_layers", "num_mamba_layers")
 """Numbers that mean all layers where they equal the number of layers."""
 
 
 def merged_config(
-    donor: InputModel, recipe: Recipe, layers: Mapping[str | None, Sequence[LayerOrigin]]
+    donor: InputModel,
+    recipe: Recipe,
+    layers: Mapping[str | None, Sequence[LayerOrigin]],
+    vocabulary_size: int | None = None,
 ) -> Mapping[str, Any] | None:
     """Return the content of the merged model's config.json, or None where the donor's file can stay as it is.
 
     ``layers`` says for each module that is put together from ranges of layers where its layers come from.
+    ``vocabulary_size`` is the number of rows of the embeddings where that is not the donor's.
     """
     config = _with_dtype(donor.config, recipe)
     for module, origins in layers.items():
         config = _with_layers(config, module, origins)
+    if vocabulary_size is not None:
+        config = _with_vocabulary_size(config, vocabulary_size)
     return None if config == donor.config else config
 
 
@@ -50,6 +57,16 @@ def _with_dtype(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         changed.update(dict.fromkeys(keys, dtype.torch_name))
     return changed
+
+
+def _with_vocabulary_size(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a config with the number of rows that the embeddings have, wherever it says that."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and (_VOCABULARY_SIZE in text or _VOCABULARY_SIZE not in config):
+        config = {**config, "text_config": {**text, _VOCABULARY_SIZE: size}}
+    if _VOCABULARY_SIZE in config or not isinstance(text, Mapping):
+        config = {**config, _VOCABULARY_SIZE: size}
+    return config
 
 
 def _with_layers(config: dict[str, Any], module: str | None, origins: Sequence[LayerOrigin]) -> dict[str, Any]:

@@ -24,11 +24,13 @@ def plan_identity(
     random_seed: int,
     max_shard_size: int,
     method_origin: Origin | None = None,
+    tokenizer: str | None = None,
+    truncate_embeddings: bool = False,
 ) -> str:
     """Return the plan's id; it starts with ``local-`` while the contents of an input are not known.
 
     The path of a model is not part of it. The budget is, beside the blocks that it buys, since the model tells it; and
-    so is the package that a method comes from, where that is not ours.
+    so is the package that a method comes from, where that is not ours. ``tokenizer`` identifies a merged one.
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
@@ -47,6 +49,10 @@ def plan_identity(
     }
     if method_origin is not None:
         content["method_origin"] = str(method_origin)
+    if tokenizer is not None:
+        content["tokenizer"] = tokenizer
+    if truncate_embeddings:
+        content["truncate_embeddings"] = True
     digest = blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=16)
     local = any(entry.identity.startswith(_LOCAL) for entry in everything)
     return (_LOCAL if local else "") + digest

@@ -65,7 +65,7 @@ class ModelOpener:
                 {name: MergedTensor(title, tensor, computed_by) for name, tensor in sorted(plan.tensors.items())}
             ),
             config=plan.donor.config if plan.config is None else plan.config,
-            files=MappingProxyType({**plan.donor.files, **generated}),
+            files=MappingProxyType({**plan.companions, **generated}),
             sources=plan.sources,
             identity=plan.plan_id,
             merged=plan,

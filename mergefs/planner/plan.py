@@ -141,6 +141,8 @@ class TensorPlan:
         """Let every place gather what reading it needs to know of whole tensors."""
         for place in self.places:
             place.prepare()
+        if self.stand_in is not None and self.selection is not None:
+            self.stand_in.prepare()
 
     def _stand_in_bytes(self, role: Role) -> int:
         """Bytes that one full read takes from a stand-in that is not itself an input."""
@@ -179,7 +181,8 @@ class BudgetOutcome:
 class MergePlan:
     """The whole merged model as a plan.
 
-    ``config`` is the content of its config.json, None where the donor's file stays as it is.
+    ``config`` is the content of its config.json, None where the donor's file stays as it is. ``companions`` are the
+    files beside the weights that come from models, tokenizer included, by name.
     """
 
     plan_id: str
@@ -189,6 +192,7 @@ class MergePlan:
     stand_in: PlanInput | None
     donor: InputModel
     config: Mapping[str, Any] | None
+    companions: Mapping[str, FileContent]
     tensors: Mapping[str, TensorPlan]
     files: tuple[OutputFile, ...]
     outcome: BudgetOutcome

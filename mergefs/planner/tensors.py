@@ -18,6 +18,7 @@ from mergefs.methods.contract import FewModels, Method, TensorContext
 from mergefs.methods.registry import get_method
 from mergefs.planner.assembly import Assembly, Group, Models
 from mergefs.planner.plan import InputModel, PlanInput, TensorPlan
+from mergefs.planner.vocabulary import Alignment, has_row_for_each_token
 from mergefs.recipe.definition import Recipe
 from mergefs.recipe.parameters import Values, resolve_parameters
 from mergefs.recipe.references import ModelReference
@@ -51,6 +52,7 @@ class TensorPlanner:
         stand_in: PlanInput | None,
         donor: InputModel,
         random_seed: int,
+        alignment: Alignment,
     ) -> None:
         self._recipe = recipe
         self._method = get_method(recipe.method)
@@ -58,6 +60,7 @@ class TensorPlanner:
         self._stand_in = stand_in
         self._donor = donor
         self._seed = random_seed
+        self._alignment = alignment
         self._notes: list[str] = []
         self._remarks: dict[str, list[str]] = {}
 
@@ -104,6 +107,11 @@ class TensorPlanner:
     def random_seed(self) -> int:
         """The seed of methods that drop at random."""
         return self._seed
+
+    @property
+    def alignment(self) -> Alignment:
+        """Makes tensors with a row for each token fit together."""
+        return self._alignment
 
     def model(self, reference: ModelReference) -> InputModel:
         """Return an opened model."""
@@ -177,7 +185,8 @@ class _GroupPlanner:
         ]
         present = [index for index, place in enumerate(found) if place is not None]
         places = [place for place in found if place is not None]
-        like = found[self._group.reference] or places[0]
+        places = self._aligned(name, present, places)
+        like = places[present.index(self._group.reference)] if self._group.reference in present else places[0]
         for place in places:
             check_shape(place, like, name)
         base = present.index(self._base) if self._base in present else None
@@ -198,6 +207,15 @@ class _GroupPlanner:
                 )
             return self._planner.copied(name, places, base)
         return self._merged(name, input_names, present, places, self._planner.method)
+
+    def _aligned(self, name: str, present: Sequence[int], places: Sequence[Place]) -> list[Place]:
+        """Return the places of the inputs at ``present`` with the rows of the merged vocabulary."""
+        compute = self._planner.recipe.dtype or _promoted([place.dtype for place in places])
+        references = [self._entries[index].model for index in present]
+        try:
+            return list(self._planner.alignment.align(name, references, places, self._group.part.base, compute))
+        except PlanError as error:
+            raise PlanError(f"tensor {name!r}: {error}") from error
 
     def _with_missing(
         self, name: str, present: list[int], places: list[Place], base: int | None, missing: InputModel
@@ -341,8 +359,12 @@ def check_shape(place: Place, like: Place, name: str) -> None:
         raise PlanError(
             f"tensor {name!r} is {list(place.shape)} in {place.describe()} and {list(like.shape)} in "
             f"{like.describe()}, "
-            "and models can be merged only when all shapes agree; leave out the model that differs, or resize it (a "
-            "changed vocabulary: resize_token_embeddings of transformers)"
+            "and models can be merged only when all shapes agree; "
+            + (
+                "add `tokenizer: {source: base}` to the recipe, which makes vocabularies agree"
+                if has_row_for_each_token(name)
+                else "leave out the model that differs"
+            )
         )
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from mergefs.checkpoint.dtypes import DType
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.settings import NO_SETTINGS, Settings
+from mergefs.recipe.tokenizer import TokenizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Recipe:
 
     ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directory`` the directory that it is in.
     ``inner`` are the recipes of the same file whose results this one merges, by the names that it calls them by.
+    ``tokenizer`` is None where the donor's tokenizer stays as it is, and so is ``chat_template``.
     """
 
     method: str
@@ -73,6 +75,8 @@ class Recipe:
     directory: Path | None
     name: str | None = None
     inner: Mapping[str, "Recipe"] = field(default_factory=lambda: MappingProxyType({}))
+    tokenizer: TokenizerSettings | None = None
+    chat_template: str | None = None
 
     @property
     def slices(self) -> tuple[OutputSlice, ...]:

@@ -32,6 +32,7 @@ from mergefs.recipe.keys import check_keys
 from mergefs.recipe.references import ModelReference, locate, read_reference
 from mergefs.recipe.setting_reader import read_settings
 from mergefs.recipe.structure import STRUCTURE_KEYS, StructureReader
+from mergefs.recipe.tokenizer import check_token_sources, read_chat_template, read_tokenizer
 from mergefs.recipe.wording import listed, quote, suggestion
 
 __all__ = [
@@ -45,15 +46,10 @@ __all__ = [
     "parse_recipe",
 ]
 
-_KEEP_TOKENIZER: Final = (
-    "remove the key, and the merged model keeps the tokenizer of the base (without one, of the first model)"
+_KEYS: Final = (
+    *("merge_method", *STRUCTURE_KEYS, "base_model", "dtype", "out_dtype", "parameters", "name"),
+    *("tokenizer", "tokenizer_source", "chat_template"),
 )
-_KEYS: Final = ("merge_method", *STRUCTURE_KEYS, "base_model", "dtype", "out_dtype", "parameters", "name")
-_LATER_KEYS: Final = {
-    "tokenizer": f"this version does not build merged tokenizers yet; {_KEEP_TOKENIZER}",
-    "tokenizer_source": f"this version does not build merged tokenizers yet; {_KEEP_TOKENIZER}",
-    "chat_template": "this version does not write chat templates yet; remove the key, and the tokenizer's own stays",
-}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -115,7 +111,7 @@ def _table(document: Item, origin: str) -> TableItem:
 
 def _recipe(document: TableItem, text: str, origin: str, directory: Path | None) -> Recipe:
     """Return the recipe of one document, without those that it may refer to."""
-    check_keys(document, _KEYS, _LATER_KEYS, "a recipe")
+    check_keys(document, _KEYS, {}, "a recipe")
     method = _method(document)
     base_entry = document.get("base_model")
     base = None if base_entry is None else read_reference(base_entry)
@@ -125,7 +121,7 @@ def _recipe(document: TableItem, text: str, origin: str, directory: Path | None)
             f"merge_method {method.name} needs a base model; add `base_model: PATH` at top level"
         )
     parameters = read_settings(document.get("parameters"), method, None)
-    return Recipe(
+    recipe = Recipe(
         method=method.name,
         modules=StructureReader(method, base, parameters).read(document),
         base=base,
@@ -136,7 +132,12 @@ def _recipe(document: TableItem, text: str, origin: str, directory: Path | None)
         origin=origin,
         directory=directory,
         name=_name(document.get("name")),
+        tokenizer=read_tokenizer(document),
+        chat_template=read_chat_template(document.get("chat_template")),
     )
+    if recipe.tokenizer is not None:
+        check_token_sources(recipe.tokenizer, [entry.model for entry in recipe.inputs()])
+    return recipe
 
 
 def _name(entry: Entry | None) -> str | None:

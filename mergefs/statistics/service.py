@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import HistogramRecord, ThresholdRecord, VectorRecord
-from mergefs.checkpoint.dtypes import DType
+from mergefs.checkpoint.dtypes import F64, DType
+from mergefs.kernels.precision import Raw, store
 from mergefs.methods.contract import (
     Answer,
     Answers,
@@ -33,6 +34,7 @@ from mergefs.statistics import thresholds
 from mergefs.statistics.identity import digest, tensor_keys
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
+from mergefs.statistics.row_means import mean_row
 
 
 class StatisticsService:
@@ -71,6 +73,17 @@ class StatisticsService:
             found = self._gather(wanted, places, base, compute, origin)
             self._catalog.flush()
         return Answers(found)
+
+    def mean_row(self, rows: Place) -> Raw:
+        """Return the mean of all entries of the first dimension of a tensor, as bytes of its dtype."""
+        with self._lock:
+            keys = [digest("mean row", key) for key in tensor_keys(rows, self._catalog)]
+            known = next((record for key in keys if (record := self._catalog.vector(key)) is not None), None)
+            if known is None:
+                known = VectorRecord(mean_row(rows, self._reader).astype("<f8").tobytes())
+                self._catalog.keep_vector(keys[0], known)
+                self._catalog.flush()
+        return store(np.frombuffer(known.values, dtype="<f8").astype(np.float64), F64, rows.dtype)
 
     def _gather(
         self,

@@ -7,11 +7,13 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import DType
 from mergefs.errors import PlanError
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import ModelSource, OtherTokenSource, TokenSetting, ZeroSource
 from mergefs.recipe.wording import quote
-from mergefs.sources.gathered import AVERAGE, ZERO, RowTable
+from mergefs.sources.gathered import AVERAGE, ZERO, RowMeans, RowTable, gather_rows
+from mergefs.sources.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,29 @@ class MergedVocabulary:
     def size(self) -> int:
         """The number of rows of the merged embeddings."""
         return int(self.used.size)
+
+    def gather(
+        self,
+        models: Sequence[ModelReference],
+        places: Sequence[Place],
+        base: ModelReference | None,
+        compute: DType,
+        means: RowMeans,
+    ) -> tuple[Place, ...]:
+        """Return a tensor with a row for each token as the merged vocabulary has it, of each of ``models``.
+
+        ``places`` are where the tensor lies in them, ``compute`` is the type that they are merged in. Ids that no
+        token has get the mean of the rows of all tokens. Raises RecipeError for a token whose source has no such row,
+        PlanError for tensors that do not fit together.
+        """
+        for place in places:
+            if not place.shape or place.shape[1:] != places[0].shape[1:]:
+                raise PlanError(
+                    f"{place.describe()} is {list(place.shape)} and {places[0].describe()} is {list(places[0].shape)}, "
+                    "which may differ in the number of rows only; merge models of one architecture"
+                )
+        tables = self.row_tables(models, [place.shape[0] for place in places], base)
+        return gather_rows(places, tables, self.used, compute, means)
 
     def row_tables(
         self, models: Sequence[ModelReference], heights: Sequence[int], base: ModelReference | None
