@@ -13,8 +13,8 @@ from mergefs.engine.resources import DEFAULT_CACHE_SIZE, Resources
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError
 from mergefs.kernels.precision import Raw
-from mergefs.planner.build import PlanOptions, make_plan
-from mergefs.planner.layout import DEFAULT_SHARD_SIZE
+from mergefs.planner.build import make_plan
+from mergefs.planner.options import DEFAULT_SHARD_SIZE, PlanOptions
 from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.progress import Progress
 from mergefs.recipe.model import load_recipe

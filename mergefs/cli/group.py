@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from mergefs.cli.registry import COMMANDS
-from mergefs.cli.settings import Settings, absolute
+from mergefs.cli.settings import Settings, absolute, start_logs
 
 
 class LazyGroup(click.Group):
@@ -83,13 +83,4 @@ def cli(ctx: click.Context, catalog: Path | None, verbose: bool, log_file: Path 
         verbose=verbose,
         log_file=None if log_file is None else absolute(log_file),
     )
-    from mergefs.mount import logs
-
-    logs.remove_handlers()
-    logs.set_levels(verbose)
-    import logging
-
-    logs.add_terminal(logging.DEBUG if verbose else logging.WARNING)
-    # A mount opens its log itself, in the process that serves it.
-    if ctx.obj.log_file is not None and ctx.invoked_subcommand != "mount":
-        logs.add_file(ctx.obj.log_file)
+    start_logs(ctx.obj, ctx.invoked_subcommand)

@@ -5,20 +5,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergefs.cli.options import cache_size_option, max_shard_size_option, recipe_options
+from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, cache_size_option, plan_arguments
 from mergefs.cli.settings import Settings, absolute
 
 if TYPE_CHECKING:
     from mergefs.mount.tree import Tree
 
 
-@click.command(name="mount")
+@click.command(name="mount", epilog=MERGEKIT_EPILOG)
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("mountpoint", metavar="MOUNTPOINT", type=click.Path(path_type=Path))
-@recipe_options
+@plan_arguments
 @click.option("--foreground", is_flag=True, help="Serve in this process, with the log on stderr (systemd, containers).")
 @cache_size_option
-@max_shard_size_option
 @click.option("--allow-other", is_flag=True, help="Let other users read the mount too.")
 @click.option("--warm", is_flag=True, help="Gather in the background the statistics that reads will need.")
 @click.pass_obj
@@ -26,12 +25,9 @@ def command(
     settings: Settings,
     recipes: tuple[Path, ...],
     mountpoint: Path,
-    budget: str | None,
-    base: str | None,
-    random_seed: int,
+    arguments: PlanArguments,
     foreground: bool,
     cache_size: int,
-    max_shard_size: int,
     allow_other: bool,
     warm: bool,
 ) -> None:
@@ -56,15 +52,12 @@ def command(
         catalog = settings.catalog or default_location()
         refuse_catalog_inside(target, catalog)
         options = BuildOptions(
+            plan=arguments.options(),
             catalog=catalog,
-            budget=budget,
-            base=base,
-            random_seed=random_seed,
             cache_size=cache_size,
-            max_shard_size=max_shard_size,
             warm=warm,
         )
-        with progress() as listener:
+        with progress(settings.quiet) as listener:
             tree = build_tree(paths, options, listener)
         try:
             refuse_sources_inside(target, source_paths(tree))

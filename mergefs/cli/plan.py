@@ -6,28 +6,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergefs.cli.options import max_shard_size_option, recipe_options
+from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, plan_arguments
 from mergefs.cli.settings import Settings
 
 if TYPE_CHECKING:
     from mergefs.planner.plan import MergePlan, PlanInput
 
 
-@click.command(name="plan")
+@click.command(name="plan", epilog=MERGEKIT_EPILOG)
 @click.argument("recipe", type=click.Path(path_type=Path))
-@recipe_options
-@max_shard_size_option
+@plan_arguments
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
-def command(
-    settings: Settings,
-    recipe: Path,
-    budget: str | None,
-    base: str | None,
-    random_seed: int,
-    max_shard_size: int,
-    as_json: bool,
-) -> None:
+def command(settings: Settings, recipe: Path, arguments: PlanArguments, as_json: bool) -> None:
     """Show what a recipe reads and what it costs, without reading more than it must.
 
     A budget below 100 % needs statistics of every block; what the catalog lacks is gathered first.
@@ -36,21 +27,20 @@ def command(
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
     from mergefs.engine.workspace import Workspace
-    from mergefs.planner.build import PlanOptions, make_plan
+    from mergefs.planner.build import make_plan
     from mergefs.recipe.model import load_recipe
 
-    options = PlanOptions(budget, base, random_seed, max_shard_size)
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
-        with progress() as listener:
-            plan = make_plan(load_recipe(recipe), options, workspace, listener)
+        with progress(settings.quiet) as listener:
+            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener)
     finally:
         workspace.close()
     analysis = workspace.ledger.totals().analysis_bytes_read
     if as_json:
         print_json(_json(plan, analysis))
     else:
-        _print(plan, analysis)
+        _print(plan, analysis, notes=not settings.quiet)
 
 
 def _json(plan: "MergePlan", analysis: int) -> dict[str, object]:
@@ -94,7 +84,7 @@ def _experts(plan: "MergePlan") -> list[tuple["PlanInput", int, int]]:
     return list(zip(experts, total, planned, strict=True))
 
 
-def _print(plan: "MergePlan", analysis: int) -> None:
+def _print(plan: "MergePlan", analysis: int, notes: bool) -> None:
     """Print the plan for people."""
     from mergefs.cli.output import print_pairs, print_table
     from mergefs.units import format_size
@@ -119,5 +109,5 @@ def _print(plan: "MergePlan", analysis: int) -> None:
         for entry, total, planned in _experts(plan)
     ]
     print_table(("expert", "size", "planned", "share"), rows, numeric=(1, 2, 3))
-    for note in plan.notes:
+    for note in plan.notes if notes else ():
         click.echo(f"note: {note}")

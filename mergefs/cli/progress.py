@@ -36,9 +36,9 @@ class _Bar:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Lend a progress display on stderr, or silence where nobody would see it."""
-    if not sys.stderr.isatty():
+def progress(quiet: bool = False) -> Iterator[Progress]:
+    """Lend a progress display on stderr, or silence where nobody would see it, or wants to."""
+    if quiet or not sys.stderr.isatty():
         yield Silence()
         return
     from rich.console import Console

@@ -36,6 +36,9 @@ class _Provenance(msgspec.Struct, frozen=True):
     stand_in: _StandIn | None
     random_seed: int
     max_shard_size: int
+    truncate_embeddings: bool
+    copy_tokenizer: bool
+    write_model_card: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,9 @@ def verify_deep(directory: Path, resources: Workspace, progress: Progress | None
         base=provenance.stand_in.reference if provenance.stand_in else None,
         random_seed=provenance.random_seed,
         max_shard_size=provenance.max_shard_size,
+        truncate_embeddings=provenance.truncate_embeddings,
+        copy_tokenizer=provenance.copy_tokenizer,
+        write_model_card=provenance.write_model_card,
     )
     listener = progress or Silence()
     plan = make_plan(recipe, options, resources, listener)

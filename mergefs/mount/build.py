@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergefs.catalog import Catalog, default_location
@@ -15,7 +15,6 @@ from mergefs.errors import MergefsError, RecipeError, UsageError
 from mergefs.mount.models import ModelTree, MountedModel, unique_names
 from mergefs.mount.tree import Tree
 from mergefs.planner.build import PlanOptions, make_plan
-from mergefs.planner.layout import DEFAULT_SHARD_SIZE
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.model import load_recipe
 from mergefs.units import format_size
@@ -27,12 +26,9 @@ _LOG = logging.getLogger(__name__)
 class BuildOptions:
     """What ``mergefs mount`` was asked for, beside the recipes. Sizes in bytes."""
 
+    plan: PlanOptions = field(default_factory=PlanOptions)
     catalog: Path | None = None
-    budget: str | None = None
-    base: str | None = None
-    random_seed: int = 0
     cache_size: int = DEFAULT_CACHE_SIZE
-    max_shard_size: int = DEFAULT_SHARD_SIZE
     warm: bool = False
 
 
@@ -93,8 +89,7 @@ def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
 
 def _model(path: Path, options: BuildOptions, resources: Workspace, progress: Progress) -> ModelFiles:
     """Plan one recipe."""
-    plan_options = PlanOptions(options.budget, options.base, options.random_seed, options.max_shard_size)
-    plan = make_plan(load_recipe(path), plan_options, resources, progress)
+    plan = make_plan(load_recipe(path), options.plan, resources, progress)
     for note in plan.notes:
         _LOG.info("%s: %s", path, note)
     _LOG.info(

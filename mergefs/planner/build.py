@@ -17,8 +17,9 @@ from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
 from mergefs.planner.identity import plan_identity
-from mergefs.planner.layout import DEFAULT_SHARD_SIZE, lay_out
+from mergefs.planner.layout import lay_out
 from mergefs.planner.models import ModelOpener
+from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
 from mergefs.planner.selection import select_blocks
 from mergefs.planner.tensors import TensorPlanner, require_known_filters
@@ -30,22 +31,9 @@ from mergefs.recipe.definition import Recipe
 from mergefs.recipe.parameters import gradient_notes, unmatched_filters
 from mergefs.recipe.references import ModelReference
 from mergefs.sources.place import Role
+from mergefs.tokenizer.files import is_tokenizer_file
 
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What a plan depends on beside the recipe.
-
-    ``budget`` is as in ``parse_budget``, None for none. ``base`` names a model that stands in for what the budget does
-    not buy, for recipes without a base. ``truncate_embeddings`` merges vocabularies of different sizes without a
-    merged tokenizer by their first rows, which is sound only where the same ids mean the same tokens.
-    """
-
-    budget: str | None = None
-    base: str | None = None
-    random_seed: int = 0
-    max_shard_size: int = DEFAULT_SHARD_SIZE
-    truncate_embeddings: bool = False
+__all__ = ["Draft", "Drafter", "PlanOptions", "analyze_draft", "draft_plan", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +130,9 @@ class Drafter:
     def _merge(self, recipe: Recipe) -> MergePlan:
         """Plan a merge whose result another recipe merges: whole, since the budget is spent by the other."""
         draft = self.draft(recipe)
-        return _assemble(draft, replace(self._options, budget=None), None, 0.0, self._catalog)
+        # Its tokenizer may be needed by the other, whatever the merged model is to have.
+        options = replace(self._options, budget=None, copy_tokenizer=True)
+        return _assemble(draft, options, None, 0.0, self._catalog)
 
 
 def _donor(recipe: Recipe, opened: Mapping[ModelReference, PlanInput], stand_in: PlanInput | None) -> InputModel:
@@ -200,11 +190,9 @@ def _assemble(
         draft.stand_in,
         draft.tensors,
         budget_bytes,
-        options.random_seed,
-        options.max_shard_size,
+        options,
         method_origin(draft.recipe.method),
         draft.tokenizer,
-        options.truncate_embeddings,
     )
     known = catalog.plan(plan_id)
     return MergePlan(
@@ -215,15 +203,21 @@ def _assemble(
         stand_in=draft.stand_in,
         donor=draft.donor,
         config=draft.config,
-        companions=draft.companions,
+        companions=_companions(draft, options),
         tensors={tensor.name: tensor for tensor in draft.tensors},
         files=lay_out(draft.tensors, options.max_shard_size),
         outcome=_outcome(draft.tensors, budget_bytes, error),
-        random_seed=options.random_seed,
-        max_shard_size=options.max_shard_size,
+        options=options,
         notes=draft.notes,
         created_ns=known.created_ns if known else time.time_ns(),
     )
+
+
+def _companions(draft: Draft, options: PlanOptions) -> Mapping[str, FileContent]:
+    """Return the files beside the weights, without the donor's tokenizer where it is not wanted."""
+    if options.copy_tokenizer or draft.recipe.tokenizer is not None:
+        return draft.companions
+    return {name: content for name, content in draft.companions.items() if not is_tokenizer_file(name)}
 
 
 def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: float) -> BudgetOutcome:
@@ -260,8 +254,8 @@ def _keep(plan: MergePlan, catalog: Catalog) -> None:
         budget_bytes=plan.outcome.budget_bytes,
         expert_bytes_total=plan.outcome.expert_bytes_total,
         expert_bytes_planned=plan.outcome.expert_bytes_planned,
-        random_seed=plan.random_seed,
-        max_shard_size=plan.max_shard_size,
+        random_seed=plan.options.random_seed,
+        max_shard_size=plan.options.max_shard_size,
         inputs=tuple(
             InputRecord(
                 entry.reference,

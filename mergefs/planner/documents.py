@@ -12,11 +12,9 @@ from mergefs.units import format_size
 
 def documents(plan: MergePlan) -> dict[str, bytes]:
     """Return the generated files of the merged model by name."""
-    files = {
-        "README.md": _model_card(plan).encode(),
-        "mergefs.json": _provenance(plan),
-        "mergekit_config.yml": plan.recipe.text.encode(),
-    }
+    files = {"mergefs.json": _provenance(plan)}
+    if plan.options.write_model_card:
+        files |= {"README.md": _model_card(plan).encode(), "mergekit_config.yml": plan.recipe.text.encode()}
     if plan.config is not None:
         files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     if len(plan.files) > 1:
@@ -45,8 +43,7 @@ def _provenance(plan: MergePlan) -> bytes:
             "expert_bytes_total": plan.outcome.expert_bytes_total,
             "expert_bytes_planned": plan.outcome.expert_bytes_planned,
         },
-        "random_seed": plan.random_seed,
-        "max_shard_size": plan.max_shard_size,
+        **plan.options.recorded(),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -8,6 +8,7 @@ from typing import Any
 from blake3 import blake3
 
 from mergefs.methods.plugins import Origin
+from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import PlanInput, TensorPlan
 from mergefs.recipe.definition import Recipe
 from mergefs.recipe.settings import Settings
@@ -21,11 +22,9 @@ def plan_identity(
     stand_in: PlanInput | None,
     tensors: Sequence[TensorPlan],
     budget_bytes: int | None,
-    random_seed: int,
-    max_shard_size: int,
-    method_origin: Origin | None = None,
-    tokenizer: str | None = None,
-    truncate_embeddings: bool = False,
+    options: PlanOptions,
+    method_origin: Origin | None,
+    tokenizer: str | None,
 ) -> str:
     """Return the plan's id; it starts with ``local-`` while the contents of an input are not known.
 
@@ -34,7 +33,7 @@ def plan_identity(
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
-        "format": 2,
+        "format": 3,
         "method": recipe.method,
         "dtype": recipe.dtype.name if recipe.dtype else None,
         "out_dtype": recipe.out_dtype.name if recipe.out_dtype else None,
@@ -43,16 +42,13 @@ def plan_identity(
         "modules": _structure(recipe),
         "stand_in": stand_in.identity if stand_in else None,
         "budget_bytes": budget_bytes,
-        "random_seed": random_seed,
-        "max_shard_size": max_shard_size,
+        **options.recorded(),
         "selection": _selection_digest(tensors),
     }
     if method_origin is not None:
         content["method_origin"] = str(method_origin)
     if tokenizer is not None:
         content["tokenizer"] = tokenizer
-    if truncate_embeddings:
-        content["truncate_embeddings"] = True
     digest = blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=16)
     local = any(entry.identity.startswith(_LOCAL) for entry in everything)
     return (_LOCAL if local else "") + digest

@@ -7,7 +7,6 @@ from typing import Final
 from mergefs.checkpoint.header import encode_header
 from mergefs.planner.plan import OutputFile, TensorPlan
 
-DEFAULT_SHARD_SIZE: Final = 5 * 10**9
 _ALIGNMENT: Final = 4096
 """Tensor data starts at a page of its own, so that ranges can be mapped and copied as whole pages."""
 

@@ -12,6 +12,7 @@ from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.source import AuxiliaryFile
 from mergefs.methods.contract import Method, TensorContext
+from mergefs.planner.options import PlanOptions
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place, Role
@@ -196,8 +197,7 @@ class MergePlan:
     tensors: Mapping[str, TensorPlan]
     files: tuple[OutputFile, ...]
     outcome: BudgetOutcome
-    random_seed: int
-    max_shard_size: int
+    options: PlanOptions
     notes: tuple[str, ...]
     created_ns: int
 
