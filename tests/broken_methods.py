@@ -161,6 +161,7 @@ BROKEN: Final[dict[str, Broken]] = {
     "no models": Broken(with_specification(min_models=0), "specification", "min_models is 0"),
     "few models": Broken(with_specification(max_models=0), "specification", "max_models 0 is below min_models 1"),
     "base": Broken(with_specification(base="required"), "specification", "its base is no BasePolicy"),
+    "few": Broken(with_specification(few_models="base"), "specification", "its few_models is no FewModels"),
     "twice": Broken(
         with_specification(parameters=2 * Sound.specification.parameters), "specification", "is declared twice"
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from examples import Families, FamilyKind
-from mounting import environment
+from mounting import environment, mounted_recipes, run_mergefs
 from packages import MEAN, install, use
 from recipes import Merge, recipe_document, write_document
 from tensors import bits, load_model
@@ -26,6 +26,7 @@ from mergefs.methods.registry import (
     specification,
 )
 from mergefs.recipe.model import parse_recipe
+from mergefs.testing import ContractError, check_method
 
 RECIPE = "merge_method: mean\nmodels:\n- model: first\n- model: second\n"
 
@@ -220,3 +221,87 @@ def test_without_its_package_a_recipe_is_refused(recipe: Path, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert "'mean' is not a merge_method" in said
     assert said.count("\n") == 1
+
+
+def test_a_mount_serves_what_a_foreign_method_merges(tmp_path: Path, recipe: Path) -> None:
+    extra = {"PYTHONPATH": f"{install(tmp_path / 'site')}:{environment(tmp_path)['PYTHONPATH']}"}
+    assert run_mergefs("materialize", recipe, tmp_path / "out", state=tmp_path, extra=extra).returncode == 0
+    with mounted_recipes(recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state", extra=extra) as mount:
+        name = "model.safetensors"
+        assert (mount.mountpoint / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_bug_of_a_foreign_method_is_not_said_to_be_ours(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    use(monkeypatch, install(tmp_path / "site", MEAN.replace("return context.models\n", "return 1 // 0\n")))
+    assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "mergefs: error: a merge method of example-merge 1.0 failed (ZeroDivisionError: integer division or modulo by "
+        "zero); this is a bug of that package, and "
+    )
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+KERNEL = """
+from numba.core import types
+
+from mergefs.kernels.fused.compilation import Kernel
+from mergefs.kernels.fused.values import loaded, narrowed, rounded
+
+
+def _halved(result, address):
+    for i in range(result.size):
+        result[i] = narrowed(rounded(loaded(address, i, result) * FACTOR, result), result)
+
+
+KERNEL = Kernel(_halved, lambda element: types.void(types.Array(element, 1, "C"), types.uint64))
+"""
+
+HALF = (
+    MEAN.replace('name="mean"', 'name="half"').replace("parameters=(),", "parameters=(), max_models=1,")
+    + """
+
+class Half(Mean):
+    def reference(self, block, coefficients, precision):
+        return precision.round(block.inputs[0] * precision.carrier(0.5))
+
+    def kernels(self):
+        return ("example_package.kernel",)
+
+    def fused(self, run, coefficients):
+        from mergefs.kernels.fused import FUSED_DTYPES
+        from mergefs.kernels.fused.memory import address, empty_result
+        from example_package.kernel import KERNEL
+
+        if run.dtype not in FUSED_DTYPES:
+            return None
+        result = empty_result(run.inputs[0], run.dtype)
+        KERNEL.compiled(run.dtype)(result, address(run.inputs[0]))
+        return result.view("u1")
+
+
+METHOD = Half()
+"""
+)
+
+
+@pytest.mark.parametrize("factor", ["np.float32(0.5)", "np.float32(0.25)"])
+def test_a_foreign_method_may_have_a_kernel_of_its_own(
+    factor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (tmp_path / "example_package").mkdir()
+    (tmp_path / "example_package" / "__init__.py").write_text("")
+    (tmp_path / "example_package" / "kernel.py").write_text("import numpy as np\n" + KERNEL.replace("FACTOR", factor))
+    use(monkeypatch, install(tmp_path, HALF, entry_points={"half": "example_merge:METHOD"}))
+    for module in ("example_package", "example_package.kernel"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    if factor.endswith("(0.5)"):
+        check_method(get_method("half"))
+    else:
+        with pytest.raises(ContractError, match="the fused kernel differs from the reference"):
+            check_method(get_method("half"))

@@ -34,7 +34,8 @@ def test_a_method_is_explained_with_every_parameter(name: str, capsys: pytest.Ca
     assert main(["methods", name]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{specification.title}: {specification.summary}")
-    assert f"needs to know  {specification.needs or 'nothing: '}" in said
+    assert f"needs to know    {specification.needs or 'nothing: '}" in said
+    assert "missing tensors  merged from the models that have them" in said
     for parameter in specification.parameters:
         assert f" {parameter.name} " in said
         assert parameter.meaning
@@ -98,8 +99,8 @@ def test_a_method_of_another_package_is_explained_too(
     use(monkeypatch, install(tmp_path, MEAN.replace("parameters=(),", "parameters=(), max_models=3,")))
     assert main(["methods", "mean"]) == 0
     said = capsys.readouterr().out
-    assert "from           example-merge 1.0\n" in said
-    assert "models         1 to 3, the base among them\n" in said
+    assert "from             example-merge 1.0\n" in said
+    assert "models           1 to 3, the base among them\n" in said
     assert "It has no parameters.\n" in said
 
 

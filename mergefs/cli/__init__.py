@@ -75,7 +75,7 @@ def _leave_broken_pipe() -> int:
 
 
 def _report_bug(error: Exception, arguments: list[str]) -> int:
-    """Say in one sentence that this is our mistake, and where the details are."""
+    """Say in one sentence whose mistake this is, ours or another package's, and where the details are."""
     import traceback
 
     from mergefs.mount.logs import summary
@@ -87,7 +87,12 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
         where = f"and {_write_details(details, arguments)} has the details"
     except OSError:
         where = "and `mergefs --verbose` shows the details"
-    _say(f"error: internal error ({summary(error)}); this is a bug, {where}")
+    # Only where methods were looked at: whoever fails before has loaded none.
+    plugins = sys.modules.get("mergefs.methods.plugins")
+    origin = None if plugins is None else plugins.blamed_for(error)
+    what = "internal error" if origin is None else f"a merge method of {origin} failed"
+    whose = "" if origin is None else " of that package"
+    _say(f"error: {what} ({summary(error)}); this is a bug{whose}, {where}")
     return 1
 
 

@@ -99,7 +99,7 @@ def _described(one: "RegisteredMethod") -> dict[str, object]:
 def _print(one: "RegisteredMethod") -> None:
     """Print a method for people."""
     from mergefs.cli.output import print_pairs
-    from mergefs.methods.explanation import example_recipe, models_in_words, needs_in_words
+    from mergefs.methods.explanation import example_recipe, missing_in_words, models_in_words, needs_in_words
 
     specification = one.specification
     click.echo(f"{specification.title}: {specification.summary}\n")
@@ -107,6 +107,7 @@ def _print(one: "RegisteredMethod") -> None:
         {
             "base_model": specification.base.value,
             "models": models_in_words(specification),
+            "missing tensors": missing_in_words(specification),
             "needs to know": needs_in_words(specification),
             "described at": specification.reference,
             "from": str(one.origin or _OURS),

@@ -1,6 +1,6 @@
 """What a method's declaration says, in words and as the smallest recipe that uses it."""
 
-from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
+from mergefs.methods.contract import BasePolicy, FewModels, Parameter, Scope, Specification
 
 
 def needs_in_words(specification: Specification) -> str:
@@ -16,6 +16,13 @@ def models_in_words(specification: Specification) -> str:
         return f"{number}, the base among them"
     low, high = specification.min_experts, specification.max_experts
     return f"{low}{' or more' if high is None else '' if low == high else f' to {high}'}, and a base or none"
+
+
+def missing_in_words(specification: Specification) -> str:
+    """Return what becomes of a tensor that not all models have, a bias for example."""
+    merged = "merged from the models that have them"
+    few = specification.few_models
+    return f"{merged}, if these are enough" if few is FewModels.REFUSED else f"{merged}; of too few, {few.value}"
 
 
 def default_in_words(parameter: Parameter) -> str:

@@ -96,6 +96,19 @@ def _load(plugin: Plugin) -> Method[Any]:
     return method
 
 
+def blamed_for(error: BaseException) -> Origin | None:
+    """Return the package whose method raised ``error``, or called what did; None where none was involved."""
+    modules = {plugin.entry_point.module.partition(".")[0]: plugin.origin for plugin in plugins()}
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        origin = modules.get(module.partition(".")[0])
+        if origin is not None:
+            return origin
+        trace = trace.tb_next
+    return None
+
+
 def _unusable(plugin: Plugin, reason: str) -> MethodError:
     return MethodError(
         f"merge method {plugin.name!r} of {plugin.origin} cannot be used, because {reason}; "

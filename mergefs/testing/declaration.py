@@ -4,7 +4,7 @@ import re
 from typing import Any, Final
 
 from mergefs.kernels.fused import FUSED_DTYPES, prepare
-from mergefs.methods.contract import BasePolicy, Method, Parameter, Scope, Specification
+from mergefs.methods.contract import BasePolicy, FewModels, Method, Parameter, Scope, Specification
 from mergefs.testing.trial import ContractError
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
@@ -25,6 +25,7 @@ def check_specification(method: Method[Any]) -> None:
         f"min_models is {low}, which is no number of models": low >= 1,
         f"max_models {high} is below min_models {low}": high is None or high >= low,
         "its base is no BasePolicy": isinstance(declared.base, BasePolicy),
+        "its few_models is no FewModels": isinstance(declared.few_models, FewModels),
         f"a parameter is declared twice in {names}": len(set(names)) == len(names),
     }
     for parameter in declared.parameters:
