@@ -18,7 +18,6 @@ from recipes import MERGES, stand_in, write_recipe
 
 from mergefs.api import MergedModel, open_model
 from mergefs.catalog import Catalog
-from mergefs.engine.cache import BlockCache
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.room import Room
 from mergefs.engine.workspace import Workspace
@@ -27,6 +26,7 @@ from mergefs.kernels.precision import Raw
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
 from mergefs.sources import blocks
+from mergefs.sources.cache import BlockCache
 
 WEIGHTS = "model.safetensors"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.engine.cache import BlockCache
 from mergefs.engine.room import Room
+from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.service import StatisticsService

@@ -18,9 +18,13 @@ import numpy as np
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
 from mergefs.errors import SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
+from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger, Purpose
 
 SourceFile = Shard | AuxiliaryFile
+
+_KEPT_BYTES = 64 * 2**20
+"""For what whole tensors need again for each of their blocks: enough for the factors of several adapters at a time."""
 
 _ADVICE = {
     Purpose.EXPERT: os.POSIX_FADV_RANDOM,  # or read-ahead reads half as much again as the budget pays for
@@ -47,6 +51,8 @@ class SourceReader:
         self._limit = open_files
         self._lock = threading.Lock()
         self._files: OrderedDict[tuple[Path, Fingerprint, int], _OpenFile] = OrderedDict()
+        self._kept = BlockCache(_KEPT_BYTES)
+        self._paid: set[tuple[Path, Fingerprint, int, int]] = set()
 
     def read(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
         """Return ``size`` bytes of ``source`` from ``offset``, as a fresh writable array.
@@ -74,6 +80,25 @@ class SourceReader:
                 done += count
         self._ledger.record_read(purpose, size)
         return buffer
+
+    def read_kept(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
+        """Return what ``read`` does as an array that must not be written to, from memory while it is kept there.
+
+        Bytes of experts that have to be read for a second time count as read again.
+        """
+        key = (source.path, source.fingerprint, offset, size)
+
+        def read() -> Raw:
+            counted = purpose
+            if purpose in (Purpose.EXPERT, Purpose.EXPERT_AGAIN):
+                with self._lock:
+                    counted = Purpose.EXPERT_AGAIN if key in self._paid else Purpose.EXPERT
+                    self._paid.add(key)
+            data = self.read(source, offset, size, counted)
+            data.flags.writeable = False
+            return data
+
+        return self._kept.get(key, read)
 
     def close(self) -> None:
         """Close every file. No read may be under way."""

@@ -1,4 +1,4 @@
-"""A cache of computed blocks: bounded in bytes, and each block is computed once however many readers want it."""
+"""A cache of blocks of bytes: bounded, and each block is read or computed once however many readers want it."""
 
 import threading
 from collections import OrderedDict
