@@ -13,19 +13,20 @@ from mergefs.kernels.precision import Array
 _SPLITTER = np.float64(2**27 + 1)
 
 
-def fused_multiply_add(values: Array, factor: float, addend: Array) -> Array:
+def fused_multiply_add(values: Array, factor: float | Array, addend: Array) -> Array:
     """Return ``values * factor + addend`` with a single rounding; all three are float32, or all float64.
 
-    In float64 a product beyond 2**900, or below 2**-900, may be rounded on its own first.
+    The result has the shape of ``addend``; the others have it, too, or are broadcast to it. In float64 a product beyond
+    2**900, or below 2**-900, may be rounded on its own first.
     """
     if values.dtype == np.float64:
-        return _fused_float64(values.astype(np.float64), np.float64(factor), addend.astype(np.float64))
+        return _fused_float64(values.astype(np.float64), np.asarray(factor, np.float64), addend.astype(np.float64))
     # The product of two float32 is exact in float64; its sum with the addend, rounded to odd, rounds right to float32.
-    product = values.astype(np.float64) * np.float64(np.float32(factor))
+    product = values.astype(np.float64) * np.asarray(factor, np.float32).astype(np.float64)
     return _add_to_odd(product, addend.astype(np.float64)).astype(np.float32)
 
 
-def _fused_float64(values: NDArray[np.float64], factor: np.float64, addend: NDArray[np.float64]) -> Array:
+def _fused_float64(values: NDArray[np.float64], factor: NDArray[np.float64], addend: NDArray[np.float64]) -> Array:
     """Return the float64 result from exact sums and products of halves."""
     high, low = _two_product(values, factor)
     carried, carried_error = _two_sum(addend, low)
@@ -45,7 +46,9 @@ def _two_sum(
     return total, (first - (total - virtual)) + (second - virtual)
 
 
-def _two_product(values: NDArray[np.float64], factor: np.float64) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _two_product(
+    values: NDArray[np.float64], factor: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the rounded product and what the rounding left (Dekker)."""
     product = values * factor
     scaled = values * _SPLITTER
