@@ -235,7 +235,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "AWQ by its config": (declare("awq"), r"AWQ .*config.json"),
     "pickles": (pickle_the_weights, r"pytorch_model.bin holds pickled weights, .* unpickling runs code"),
     "pickles in the index": (index_pickles, r"pytorch_model-00001-of-00002.bin holds pickled weights"),
-    "an adapter": (put_an_adapter, r"LoRA adapter \(adapter_model.safetensors\)"),
+    "an adapter": (put_an_adapter, r"an adapter \(adapter_model.safetensors\)"),
 }
 
 

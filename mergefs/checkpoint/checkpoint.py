@@ -44,6 +44,10 @@ class WeightSource(Protocol):
         """Its files."""
 
     @property
+    def checked_files(self) -> tuple[Shard | AuxiliaryFile, ...]:
+        """The files that must stay as they are for its bytes to be what was planned."""
+
+    @property
     def tensors(self) -> Mapping[str, TensorSource]:
         """Its tensors, by name."""
 
@@ -72,6 +76,11 @@ class Checkpoint:
     auxiliary: tuple[AuxiliaryFile, ...]
     total_bytes: int
     local_identity: str
+
+    @property
+    def checked_files(self) -> tuple[Shard, ...]:
+        """Its weights."""
+        return self.shards
 
     @property
     def number_of_layers(self) -> int | None:

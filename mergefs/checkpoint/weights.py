@@ -138,8 +138,8 @@ def _explain_absence(directory: Path, present: Sequence[str]) -> CheckpointError
         return _pickle_error(directory, pickles[0])
     if adapters:
         return UnsupportedCheckpointError(
-            f"{directory} holds a LoRA adapter ({adapters[0]}) without the weights of a model, and adapters are not "
-            "merged by this version; fold it into its model with PEFT's merge_and_unload() and save_pretrained()"
+            f"{directory} holds an adapter ({adapters[0]}) and not the weights of a model; give the model that it "
+            "belongs to with the adapter after a plus sign, as MODEL+ADAPTER"
         )
     for name in present:
         form = next((form for suffix, form in _OTHER_FORMATS.items() if name.endswith(suffix)), None)

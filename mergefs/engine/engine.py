@@ -92,7 +92,7 @@ class Engine:
 
     def check_sources(self) -> None:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
-        check_unchanged(shard for source in self.plan.sources for shard in source.shards)
+        check_unchanged(file for source in self.plan.sources for file in source.checked_files)
 
     def _tensor_at(self, file: OutputFile, position: int) -> tuple[TensorPlan, int]:
         """Return the tensor that holds the byte at ``position`` of a file, and where it begins there."""
@@ -236,5 +236,8 @@ def _prepare_kernels(plan: MergePlan) -> None:
     pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
     computed = dict.fromkeys(tensor.compute for tensor in merged)
     prepare(plan.method.kernels(), computed, pairs)
+    of_places = {kernel for tensor in plan.tensors.values() for place in tensor.places for kernel in place.kernels()}
+    for module, dtype in sorted(of_places, key=lambda kernel: (kernel[0], kernel[1].name)):
+        prepare((module,), (dtype,))
     for nested in plan.nested:
         _prepare_kernels(nested)

@@ -136,6 +136,8 @@ class TensorPlan:
         place = self.places[index]
         if self.selection is None:
             return place.total_bytes_read(role)
+        if not place.divisible:
+            return place.total_bytes_read(role) if self.selection.read[index].any() else 0
         return int(place.bytes_read(self.grid, role)[self.selection.read[index]].sum())
 
     def prepare(self) -> None:

@@ -109,7 +109,8 @@ class _Blocks:
                 raise BudgetError(f"{place.describe()} has no block statistics; run `mergefs analyze` on the recipe")
             self._equal[model] = deltas.changed == 0
             costs = place.bytes_read(tensor.grid, Role.EXPERT)
-            self._paid[model] = (costs == 0) & ~self._equal[model]
+            free = costs == 0 if place.divisible else np.full(costs.shape, not costs.any())
+            self._paid[model] = free & ~self._equal[model]
             self.costs[model] = np.where(self._equal[model], 0, costs)
             self.gains[model] = sensitivity[model] ** 2 * deltas.squared_norms.astype(np.float64)
 

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,6 @@ class Place(ABC):
     """
 
     __slots__ = ()
-
-    divisible: ClassVar[bool] = True
-    """Whether a budget may buy single blocks of it; else it buys all of them or none."""
 
     @property
     @abstractmethod
@@ -76,6 +73,16 @@ class Place(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Name file and tensor, for messages."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a budget may buy single blocks of it; else it buys all of them or none."""
+        return all(part.divisible for part in self.parts)
+
+    def kernels(self) -> Iterator[tuple[str, DType]]:
+        """Yield the modules of ``mergefs.kernels.fused`` that it is computed with, each with a dtype."""
+        for part in self.parts:
+            yield from part.kernels()
 
     def prepare(self) -> None:
         """Gather what reading needs to know of whole tensors, so that ``read`` waits for nothing else."""
@@ -135,9 +142,12 @@ class StoredTensor(Place):
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
         """Read from the file."""
         itemsize = self.tensor.dtype.itemsize
-        if self.role is Role.BASE and purpose is not Purpose.ANALYSIS:
-            purpose = Purpose.BASE
-        return reader.read(self.shard, self.tensor.offset + start * itemsize, (stop - start) * itemsize, purpose)
+        offset = self.tensor.offset + start * itemsize
+        return reader.read(self.shard, offset, (stop - start) * itemsize, self._counted_as(purpose))
+
+    def read_kept(self, reader: SourceReader, purpose: Purpose) -> Raw:
+        """Return all bytes, read once and kept for other blocks, as an array that must not be written to."""
+        return reader.read_kept(self.shard, self.tensor.offset, self.tensor.nbytes, self._counted_as(purpose))
 
     def bytes_read(self, grid: BlockGrid, role: Role) -> NDArray[np.int64]:
         """The block itself."""
@@ -146,6 +156,10 @@ class StoredTensor(Place):
     def total_bytes_read(self, role: Role) -> int:
         """The tensor."""
         return self.tensor.nbytes if role is self.role else 0
+
+    def _counted_as(self, purpose: Purpose) -> Purpose:
+        """Return on whose account bytes are that are read for ``purpose``."""
+        return Purpose.BASE if self.role is Role.BASE and purpose is not Purpose.ANALYSIS else purpose
 
     def describe(self) -> str:
         """Name file and tensor."""
