@@ -53,6 +53,10 @@ def with_line(line: str, replacement: str) -> str:
 # What a recipe means
 
 
+LORA = ModelReference("me/lora@v1", "me/lora", "v1", None)
+PLUS = ModelReference("a+b", "a+b", None, None)
+
+
 def test_a_recipe_keeps_what_it_says() -> None:
     recipe = parse_recipe(TIES, "merge.yml", Path("/recipes"))
     assert recipe.method == "ties"
@@ -98,6 +102,14 @@ def test_dtypes_are_named_as_in_torch(prefix: str, name: str, dtype: object) -> 
         ("{model: {path: org/name}}", ModelReference("org/name", "org/name", None, None)),
         ("{model: {path: org/name, revision: v2}}", ModelReference("org/name@v2", "org/name", "v2", None)),
         ("{model: {path: 'a+b@c'}}", ModelReference("a+b@c", "a+b@c", None, None)),
+        ("{model: a+b}", ModelReference("a+b", "a+b", None, None)),
+        ("org/name@v2+me/lora@v1", ModelReference("org/name@v2+me/lora@v1", "org/name", "v2", LORA)),
+        ("{model: {path: name}, lora: me/lora@v1}", ModelReference("name+me/lora@v1", "name", None, LORA)),
+        (
+            "{model: name, lora: {path: me/lora, revision: v1}}",
+            ModelReference("name+me/lora@v1", "name", None, LORA),
+        ),
+        ("{model: name, lora: {path: a+b}}", ModelReference("name+a+b", "name", None, PLUS)),
     ],
 )
 def test_a_model_is_written_as_text_or_as_a_mapping(written: str, reference: ModelReference) -> None:
@@ -227,8 +239,12 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
         ("normalize: false", "1: false", 9, ("a key must be text, not 1", "in quotes")),
         ("normalize: false", "? [a]\n  : 1", 9, ("a key must be text, not a list",)),
         # what is still to come
-        ("model: math", "model: math+lora", 4, ("'math+lora'", "adapter", "merge_and_unload", "path: PATH")),
-        ("model: math", "model: {model: math, lora: x}", 4, ("adapter", "merge_and_unload")),
+        ("model: math", "model: math+lora+more", 4, ("'math+lora+more'", "MODEL+ADAPTER", "path: PATH")),
+        ("model: math", "model: math+", 4, ("'math+'", "MODEL+ADAPTER")),
+        ("model: math", "model: math+lora@", 4, ("'lora@' names no revision",)),
+        ("model: math", "model: {model: math, lora: [x]}", 4, ("'lora' must be text, not a list",)),
+        ("model: math", "model: {model: math, lora: {revision: x}}", 4, ("an adapter's location has no path",)),
+        ("model: math", "model: {model: math, lora: {paht: x}}", 4, ("'paht'", "an adapter's", "did you mean 'path'?")),
         ("- model: math", "- model: math\n    lora: x", 5, ("'lora'", "adapter")),
         (
             "- model: math",

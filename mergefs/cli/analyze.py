@@ -21,7 +21,7 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_
     """Read models once and keep what budgets and methods need to know of them.
 
     A recipe has its models hashed, the deltas of its experts measured, and the statistics of its method gathered. A
-    model directory is hashed. What the catalog knows already is not read again.
+    model directory, or an adapter's, is hashed. What the catalog knows already is not read again.
     """
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json, print_table
@@ -49,6 +49,7 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_
 def _analyze(target: Path, base: str | None, workspace: "Workspace", listener: "Progress") -> dict[str, str]:
     """Analyse one target and return the identities of its models by path."""
     from mergefs.checkpoint import open_checkpoint
+    from mergefs.checkpoint.adapter import is_adapter, open_adapter
     from mergefs.checkpoint.checkpoint import WeightSource
     from mergefs.planner.analysis import analyze_family, record_checkpoints
     from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
@@ -62,7 +63,7 @@ def _analyze(target: Path, base: str | None, workspace: "Workspace", listener: "
         analyze_draft(draft, workspace, listener)
         sources = draft.sources
     else:
-        sources = (open_checkpoint(target),)
+        sources = (open_adapter(target) if is_adapter(target) else open_checkpoint(target),)
         analyze_family((), sources, catalog, workspace.reader, listener)
     record_checkpoints(sources, catalog)
     return {str(entry.path): checkpoint_identity(entry, catalog) for entry in sources}

@@ -94,7 +94,8 @@ class Drafter:
         self._options = options
         self._catalog = workspace.catalog
         self._statistics = workspace.statistics
-        self._opener = ModelOpener(workspace, self._merge)
+        self._base = None if options.base is None else ModelReference(options.base, options.base, None, None)
+        self._opener = ModelOpener(workspace, self._base, self._merge)
 
     def draft(self, recipe: Recipe) -> Draft:
         """Open the models of ``recipe`` and plan every tensor; reads headers only."""
@@ -105,9 +106,8 @@ class Drafter:
         stand_in = None
         if recipe.base is not None and recipe.base not in opened:
             stand_in = self._opener.open(recipe.base, recipe, Role.BASE)
-        elif not recipe.bases and self._options.base is not None:
-            named = ModelReference(self._options.base, self._options.base, None, None)
-            stand_in = self._opener.open(named, recipe, Role.BASE)
+        elif not recipe.bases and self._base is not None:
+            stand_in = self._opener.open(self._base, recipe, Role.BASE)
         models = {reference: entry.model for reference, entry in opened.items()}
         donor = _donor(recipe, opened, stand_in)
         assembly = assemble(recipe, models, donor)
@@ -124,7 +124,12 @@ class Drafter:
             companions=tokenizer.companions,
             tokenizer=tokenizer.digest,
             tensors=planned.tensors,
-            notes=(*tokenizer.notes, *planned.notes, *gradient_notes(recipe, donor.number_of_layers)),
+            notes=(
+                *self._opener.notes,
+                *tokenizer.notes,
+                *planned.notes,
+                *gradient_notes(recipe, donor.number_of_layers),
+            ),
         )
 
     def _merge(self, recipe: Recipe) -> MergePlan:

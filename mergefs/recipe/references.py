@@ -21,28 +21,32 @@ _PATH_KEYS: Final = ("path", "revision")
 class ModelReference:
     """A model as a recipe names it: a directory or a Hub name, perhaps at a revision or with an adapter.
 
-    ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter]``; two references are the
-    same model when they are equal.
+    ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter[@revision]]``; ``adapter`` is
+    named like a model. Two references are the same model when they are equal.
     """
 
     text: str
     path: str
     revision: str | None
-    adapter: str | None
+    adapter: "ModelReference | None"
+
+    @property
+    def without_adapter(self) -> "ModelReference":
+        """The model alone."""
+        if self.adapter is None:
+            return self
+        return ModelReference(self.text.removesuffix(f"+{self.adapter.text}"), self.path, self.revision, None)
 
 
 def read_reference(entry: Entry) -> ModelReference:
-    """Return the model that ``entry`` names, as text or as ``{model: {path, revision}}``.
+    """Return the model that ``entry`` names, as text or as ``{model: {path, revision}, lora: {path, revision}}``.
 
-    Raises RecipeError, with its line, when it is none or asks for an adapter or another architecture.
+    Raises RecipeError, with its line, when it is none or asks for another architecture.
     """
     item = entry.value
     if not isinstance(item, TableItem):
-        return _from_text(entry, _text(entry), adapters=True)
+        return _with_adapter(entry, _text(entry))
     _check_keys(item, _MODEL_KEYS, "a model")
-    lora = item.get("lora")
-    if lora is not None:
-        raise lora.place.error(_NO_ADAPTERS)
     architecture = item.get("override_architecture")
     if architecture is not None:
         raise architecture.place.error(
@@ -52,30 +56,43 @@ def read_reference(entry: Entry) -> ModelReference:
     inner = item.get("model")
     if inner is None:
         raise item.place.error(f"the mapping of {entry.key!r} has no model; add `model: PATH` to it")
-    if not isinstance(inner.value, TableItem):
-        return _from_text(inner, _text(inner), adapters=False)
-    _check_keys(inner.value, _PATH_KEYS, "a model's location")
-    path_entry = inner.value.get("path")
+    model = _located(inner, "a model's location")
+    lora = item.get("lora")
+    return model if lora is None else _joined(model, _located(lora, "an adapter's location"))
+
+
+def _with_adapter(entry: Entry, text: str) -> ModelReference:
+    """Return the model of a short form, which may name an adapter after a plus sign."""
+    path, plus, adapter = text.partition("+")
+    if not plus:
+        return _from_text(entry, text)
+    if "+" in adapter or not path or not adapter:
+        raise entry.value.place.error(
+            f"{quote(text)} is not of the form MODEL+ADAPTER; merge several adapters one by one, and write a path that "
+            "contains a + as `model: {model: {path: PATH}}`"
+        )
+    return _joined(_from_text(entry, path), _from_text(entry, adapter))
+
+
+def _joined(model: ModelReference, adapter: ModelReference) -> ModelReference:
+    return ModelReference(f"{model.text}+{adapter.text}", model.path, model.revision, adapter)
+
+
+def _located(entry: Entry, what: str) -> ModelReference:
+    """Return what ``entry`` locates, as text or as ``{path, revision}``; a plus sign has no meaning there."""
+    if not isinstance(entry.value, TableItem):
+        return _from_text(entry, _text(entry))
+    _check_keys(entry.value, _PATH_KEYS, what)
+    path_entry = entry.value.get("path")
     if path_entry is None:
-        raise inner.place.error("the model's location has no path; add `path: PATH` to it")
+        raise entry.place.error(f"{what} has no path; add `path: PATH` to it")
     path = _text(path_entry)
-    revision_entry = inner.value.get("revision")
+    revision_entry = entry.value.get("revision")
     revision = None if revision_entry is None else _text(revision_entry)
     return ModelReference(path if revision is None else f"{path}@{revision}", path, revision, None)
 
 
-_NO_ADAPTERS: Final = (
-    "this version does not apply adapters (LoRA) yet; merge the adapter into its model first, with "
-    "`merge_and_unload` of the peft library, and name the directory of the result"
-)
-
-
-def _from_text(entry: Entry, text: str, adapters: bool) -> ModelReference:
-    if adapters and "+" in text:
-        raise entry.value.place.error(
-            f"{quote(text)} names an adapter after the +, and {_NO_ADAPTERS}; a path that contains a + is written "
-            "as `model: {model: {path: PATH}}`"
-        )
+def _from_text(entry: Entry, text: str) -> ModelReference:
     path, at, revision = text.partition("@")
     if "@" in revision:
         raise entry.value.place.error(
@@ -107,51 +124,52 @@ def _check_keys(table: TableItem, known: tuple[str, ...], what: str) -> None:
             raise entry.place.error(f"{quote(entry.key)} is not a key of {what}; {suggestion(entry.key, known)}")
 
 
-def locate(reference: ModelReference, origin: str, directory: Path | None) -> Path:
-    """Return the absolute path of the directory that holds ``reference``.
+def locate(reference: ModelReference, origin: str, *directories: Path | None, kind: str = "model") -> Path:
+    """Return the absolute path of the directory that holds ``reference``, whose adapter is not looked for.
 
-    Local directories come first: relative to the current directory, then to ``directory``, the recipe's own. What
-    may be a name on the Hugging Face Hub is then looked for in the local cache, and downloaded where that is possible.
-    Raises RecipeError, naming each place that was tried.
+    Local directories come first: relative to the current directory, then to each of ``directories``. What may be a name
+    on the Hugging Face Hub is then looked for in the local cache, and downloaded where that is possible.
+    Raises RecipeError, which calls it a ``kind`` and names each place that was tried.
     """
+    reference = reference.without_adapter
+    what = f"{origin}: {kind} {quote(reference.text)}"
     tried: list[Path] = []
     # A directory whose name contains an @ is more likely meant than a revision that local directories do not have.
     for text in dict.fromkeys((reference.text, reference.path)):
-        for candidate in _local_candidates(text, directory):
+        for candidate in _local_candidates(text, directories):
             if candidate in tried:
                 continue
             tried.append(candidate)
-            kind = _kind(candidate, f"{origin}: model {quote(reference.text)}")
-            if kind == "file":
+            found = _kind(candidate, what)
+            if found == "file":
                 raise RecipeError(
-                    f"{origin}: model {quote(reference.text)} is the file {quote(str(candidate))}; name the "
-                    "directory that holds the model"
+                    f"{what} is the file {quote(str(candidate))}; name the directory that holds the {kind}"
                 )
-            if kind == "directory" and text != reference.text:
+            if found == "directory" and text != reference.text:
                 raise RecipeError(
-                    f"{origin}: model {quote(reference.text)} is the local directory {quote(str(candidate))}, "
-                    f"which has no revisions; remove @{reference.revision}"
+                    f"{what} is the local directory {quote(str(candidate))}, which has no revisions; remove "
+                    f"@{reference.revision}"
                 )
-            if kind == "directory":
+            if found == "directory":
                 return candidate
     places = " and ".join(quote(str(path)) for path in tried)
     if not is_hub_name(reference.path):
-        raise RecipeError(f"{origin}: model {quote(reference.text)} was not found at {places}; correct the path")
+        raise RecipeError(f"{what} was not found at {places}; correct the path")
     try:
         return find_on_hub(reference.path, reference.revision)
     except DownloadError as error:
         raise RecipeError(
-            f"{origin}: model {quote(reference.text)} was not found at {places}, nor in the Hugging Face cache at "
-            f"{quote(str(hub_cache()))}; {error}"
+            f"{what} was not found at {places}, nor in the Hugging Face cache at {quote(str(hub_cache()))}; {error}"
         ) from error
 
 
-def _local_candidates(text: str, directory: Path | None) -> Iterator[Path]:
+def _local_candidates(text: str, directories: tuple[Path | None, ...]) -> Iterator[Path]:
     path = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
     with suppress(FileNotFoundError):  # where the current directory was removed under us
         yield _absolute(path)
-    if directory is not None:
-        yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
+    for directory in directories:
+        if directory is not None:
+            yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
 
 
 def _kind(path: Path, what: str) -> Literal["directory", "file"] | None:
