@@ -5,18 +5,20 @@ mergekit's own are off.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from oracle import nothing_left_to_chance
 from recipes import write_document
-from tensors import Tensors, differing, load_model
+from tensors import Tensors, differing, load_model, unit_in_the_last_place
 from tokenizers import AddedToken
 from tokenizers_models import trained, write_whole_model
 from tokenizers_oracle import exact_padding, orders_fixed
@@ -25,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergefs.catalog import Catalog
 from mergefs.engine.workspace import Workspace
+from mergefs.errors import PlanError, RecipeError
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.plan import MergePlan
 from mergefs.recipe.model import load_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_builder")
@@ -250,3 +254,156 @@ def test_chat_templates(tmp_path: Path, families: Any, template: str, tokenizer:
         for tokenizer in loaded
     ]
     assert rendered[0] == rendered[1]
+
+
+# Vocabularies of different sizes without a merged tokenizer
+
+
+def test_vocabularies_that_differ_are_refused_with_what_helps(tmp_path: Path, families: Any) -> None:
+    family = families(F32)
+    with pytest.raises(PlanError) as caught:
+        merge_by_us(linear([family.fox, family.code]), tmp_path)
+    assert str(caught.value).startswith("tensor 'lm_head.weight' is [80, 32] in ")
+    assert str(caught.value).endswith("; add `tokenizer: {source: base}` to the recipe, which makes vocabularies agree")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("merge", [linear, ties])
+def test_embeddings_can_be_cut_to_the_rows_that_all_have(
+    tmp_path: Path, families: Any, merge: Any, tied: bool, dtype: torch.dtype
+) -> None:
+    family = families(dtype, tied)
+    document = merge([family.fox, family.math], family.code)
+    with nothing_left_to_chance(document["merge_method"]):
+        theirs = merge_by_mergekit(document, tmp_path / "theirs", unsafe_truncate_embeddings=True)
+    ours = merge_by_us(document, tmp_path / "ours", truncate_embeddings=True)
+    tensors = load_model(ours)
+    assert differing(tensors, load_model(theirs)) == {}
+    rows = tensors["model.embed_tokens.weight"].shape[0]
+    # mergekit leaves the base's number of rows in config.json, and transformers refuses what it wrote.
+    sizes = [json.loads((path / "config.json").read_text())["vocab_size"] for path in (ours, theirs)]
+    assert sizes == [rows, 80]
+    assert rows < 80
+    AutoModelForCausalLM.from_pretrained(ours)
+
+
+def test_nothing_is_cut_where_all_vocabularies_have_one_size(tmp_path: Path, families: Any) -> None:
+    family = families(F32)
+    document = linear([family.fox])
+    plans = [plan_of(document, tmp_path / str(cut), truncate_embeddings=cut) for cut in (False, True)]
+    assert plans[0].tensors["lm_head.weight"].shape == plans[1].tensors["lm_head.weight"].shape
+    assert plans[0].config == plans[1].config
+    assert plans[0].plan_id != plans[1].plan_id
+
+
+# Padding as torch sums it
+
+
+@pytest.mark.parametrize(("dtype", "units"), [(F32, 8), (BF16, 1), (F16, 1)], ids=["f32", "bf16", "f16"])
+def test_padding_differs_from_untouched_mergekit_by_the_order_of_its_sums_alone(
+    tmp_path: Path, families: Any, dtype: torch.dtype, units: int
+) -> None:
+    family = families(dtype)
+    document = linear([family.fox], tokenizer={"source": "union", "pad_to_multiple_of": 64})
+    theirs = load_model(merge_by_mergekit(document, tmp_path / "theirs"))
+    ours = load_model(merge_by_us(document, tmp_path / "ours"))
+    tokens = len(vocabulary(family.fox))
+    for name, tensor in ours.items():
+        if name not in EMBEDDINGS:
+            assert torch.equal(tensor, theirs[name])
+            continue
+        assert torch.equal(tensor[:tokens], theirs[name][:tokens])
+        mean, expected = tensor[tokens:], theirs[name][tokens:]
+        # A mean of numbers of both signs is smaller than they are, and so is off by more of its own last places.
+        unit = unit_in_the_last_place(tensor[:tokens].abs().mean(dim=0))
+        assert bool(((mean.double() - expected.double()).abs() <= units * unit).all())
+
+
+# What else the merged model is made of
+
+
+def plan_of(document: Mapping[str, Any], directory: Path, **options: Any) -> MergePlan:
+    directory.mkdir(exist_ok=True)
+    workspace = Workspace.create(Catalog(directory / "catalog"))
+    try:
+        recipe = load_recipe(write_document(directory / "recipe.yml", document))
+        return make_plan(recipe, PlanOptions(**options), workspace)
+    finally:
+        workspace.close()
+
+
+def test_the_donors_tokenizer_files_give_way_to_the_merged_ones(tmp_path: Path, families: Any) -> None:
+    family = families(F32)
+    donor = tmp_path / "donor"
+    shutil.copytree(family.fox, donor)
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+        (donor / name).write_text("{}" if name.endswith("json") else "of the donor alone")
+    (donor / "preprocessor_config.json").write_text("{}")
+    (donor / "tokenization_own.py").write_text("# code is carried along as data")
+    document = linear([donor, family.code], tokenizer_source="union")
+    files = {path.name for path in merge_by_us(document, tmp_path / "ours").iterdir()}
+    assert files >= {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "tokenization_own.py"}
+    assert not files & {"tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"}
+
+
+def test_a_chat_template_without_a_tokenizer_is_told(tmp_path: Path, families: Any) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(families(F32).fox, bare, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    plan = plan_of(linear([bare], chat_template="chatml"), tmp_path / "plan")
+    assert plan.notes == (f"the chat template has no effect, because {bare} has no tokenizer that it could belong to",)
+    assert "chat_template.jinja" not in plan.companions
+
+
+def test_no_chat_template_to_choose_from_is_told(tmp_path: Path, families: Any) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(families(F32).fox, bare, ignore=shutil.ignore_patterns("chat_template*"))
+    plan = plan_of(linear([bare], chat_template="auto"), tmp_path / "plan")
+    assert plan.notes == ("none of the models has a chat template, so 'chat_template: auto' changes nothing",)
+
+
+def test_what_is_said_of_the_tokenizer_is_part_of_the_plans_identity(tmp_path: Path, families: Any) -> None:
+    family = families(F32)
+    tokens = {"</s>": {"source": {"kind": "zero"}, "force": True}}
+    entries: list[dict[str, Any]] = [
+        {},
+        {"tokenizer": {"source": "union"}},
+        {"tokenizer": {"source": "union", "pad_to_multiple_of": 64}},
+        {"tokenizer": {"source": "union", "tokens": tokens}},
+        {"chat_template": "chatml"},
+        {"chat_template": "llama3"},
+    ]
+    ids = {plan_of(linear([family.fox], **entry), tmp_path / "plan").plan_id for entry in entries}
+    assert len(ids) == len(entries)
+
+
+def test_tokens_come_from_models_of_the_recipe(tmp_path: Path, families: Any) -> None:
+    family = families(F32)
+    tokenizer = {"source": "union", "tokens": {"<new>": {"source": str(family.code)}}}
+    with pytest.raises(RecipeError, match=r"token '<new>' gets its embedding from model '.*', which takes no part"):
+        plan_of(linear([family.fox], tokenizer=tokenizer), tmp_path / "plan")
+
+
+def test_a_merge_of_merges_merges_their_tokenizers(tmp_path: Path, families: Any) -> None:
+    """Documents of one file, the first result an input of the second; mergekit writes it to a directory between."""
+    family = families(F32)
+    first = linear([family.fox, family.code], tokenizer={"source": "union", "pad_to_multiple_of": 8})
+    second = linear([family.math], tokenizer={"source": "union"}, chat_template="auto")
+    one = merge_by_us(first, tmp_path / "one")
+    whole = merge_by_us(linear([one, family.math], **_settings(second)), tmp_path / "two")
+    text = yaml.safe_dump_all([{"name": "one", **first}, linear([Path("one"), family.math], **_settings(second))])
+    (tmp_path / "both.yml").write_text(text)
+    workspace = Workspace.create(Catalog(tmp_path / "catalog"))
+    try:
+        materialize(
+            make_plan(load_recipe(tmp_path / "both.yml"), PlanOptions(), workspace), tmp_path / "both", workspace
+        )
+    finally:
+        workspace.close()
+    assert differing(load_model(tmp_path / "both"), load_model(whole)) == {}
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: document[key] for key in ("tokenizer", "chat_template")}

@@ -103,7 +103,7 @@ class Drafter:
         for entry in recipe.inputs():
             role = Role.BASE if entry.model in recipe.bases else Role.EXPERT
             opened[entry.model] = self._opener.open(entry.model, recipe, role)
-        stand_in = None
+        stand_in, named = None, recipe.base
         if recipe.base is not None and recipe.base not in opened:
             stand_in = self._opener.open(recipe.base, recipe, Role.BASE)
         elif not recipe.bases and self._base is not None:
@@ -111,8 +111,9 @@ class Drafter:
         models = {reference: entry.model for reference, entry in opened.items()}
         donor = _donor(recipe, opened, stand_in)
         assembly = assemble(recipe, models, donor)
-        tokenizer = plan_tokenizer(recipe, models, stand_in.model if stand_in else None, donor, self._catalog)
-        alignment = Alignment(tokenizer.vocabulary, self._options.truncate_embeddings, self._statistics)
+        instead = (named, stand_in.model) if named is not None and stand_in is not None else None
+        tokenizer = plan_tokenizer(recipe, models, instead, donor, self._catalog)
+        alignment = Alignment(tokenizer.vocabulary, self._options.truncate_embeddings, self._statistics, named)
         planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed, alignment).plan(assembly)
         require_known_filters(recipe, unmatched_filters(recipe, planned.names))
         return Draft(

@@ -125,9 +125,11 @@ class TensorPlanner:
         """Keep something that is worth telling."""
         self._notes.append(text)
 
-    def stand_in(self, input_name: str, like: Place) -> Place | None:
+    def stand_in(self, input_name: str, like: Place, compute: DType) -> Place | None:
         """Return what stands in for bytes of a tensor of no base that are not bought."""
         place = None if self._stand_in is None else find_tensor(self._stand_in.model, input_name)
+        if place is not None:
+            place = self._alignment.align_stand_in(input_name, place, like, compute)
         return place if place is not None and place.shape == like.shape else None
 
     def copied(self, name: str, places: Sequence[Place], base: int | None) -> TensorPlan:
@@ -299,7 +301,7 @@ class _GroupPlanner:
             compute=compute,
             places=tuple(places),
             roles=tuple(Role.BASE if index == base else Role.EXPERT for index in range(len(places))),
-            stand_in=planner.stand_in(input_names[present[0]], places[0]) if base is None else places[base],
+            stand_in=planner.stand_in(input_names[present[0]], places[0], compute) if base is None else places[base],
             method=method,
             context=context,
         )

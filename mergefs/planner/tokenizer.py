@@ -38,14 +38,14 @@ class TokenizerPlan:
 def plan_tokenizer(
     recipe: Recipe,
     models: Mapping[ModelReference, InputModel],
-    stand_in: InputModel | None,
+    stand_in: tuple[ModelReference, InputModel] | None,
     donor: InputModel,
     catalog: Catalog,
 ) -> TokenizerPlan:
     """Return the tokenizer that ``recipe`` asks for, whose ``models`` have been opened.
 
-    ``stand_in`` is the base where it is none of ``models``. Raises the errors of ``merged_vocabulary``, and of models
-    that are not found.
+    ``stand_in`` is the base where it is none of ``models``, or what stands in for one. Raises the errors of
+    ``merged_vocabulary``, and of models that are not found.
     """
     if recipe.tokenizer is None and recipe.chat_template is None:
         return TokenizerPlan(None, donor.files, None, ())
@@ -87,18 +87,21 @@ def _with_chat_template(
 
 
 def _tokenizer_models(
-    recipe: Recipe, models: Mapping[ModelReference, InputModel], stand_in: InputModel | None
+    recipe: Recipe,
+    models: Mapping[ModelReference, InputModel],
+    stand_in: tuple[ModelReference, InputModel] | None,
 ) -> TokenizerModels:
     """Return the tokenizers of all models of ``recipe``, and of the model that gives the vocabulary."""
-    known = dict(models)
-    if recipe.base is not None and stand_in is not None:
-        known.setdefault(recipe.base, stand_in)
-    merged = {reference: _tokenizer(model.title, model.files) for reference, model in known.items()}
+    merged = {reference: _tokenizer(model.title, model.files) for reference, model in models.items()}
+    others: dict[ModelReference, ModelTokenizer] = {}
+    if stand_in is not None and stand_in[0] not in merged:
+        group = merged if stand_in[0] == recipe.base else others
+        group[stand_in[0]] = _tokenizer(stand_in[1].title, stand_in[1].files)
     donor = None
     if recipe.tokenizer is not None and isinstance(recipe.tokenizer.source, ModelReference):
         source = recipe.tokenizer.source
         donor = merged.get(source) or _elsewhere(source, recipe)
-    return TokenizerModels(merged=merged, base=recipe.base or next(iter(known)), donor=donor)
+    return TokenizerModels(merged=merged, base=recipe.base or next(iter(merged)), donor=donor, others=others)
 
 
 def _elsewhere(reference: ModelReference, recipe: Recipe) -> ModelTokenizer:

@@ -29,12 +29,14 @@ class Alignment:
     """Makes the rows of several models fit together.
 
     By a merged ``vocabulary``; without one, where ``truncate`` allows it, by leaving out rows that not all have.
-    ``heights`` gathers what tensors were cut to.
+    ``stand_in`` is the model that stands in for a base, where there is one. ``heights`` gathers what tensors were cut
+    to.
     """
 
     vocabulary: MergedVocabulary | None
     truncate: bool
     means: RowMeans
+    stand_in: ModelReference | None
     heights: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -65,3 +67,13 @@ class Alignment:
             return tuple(places)
         lowest = self.heights[name] = min(heights)
         return tuple(place if place.shape[0] == lowest else FirstRows(place, lowest) for place in places)
+
+    def align_stand_in(self, name: str, place: Place, like: Place, compute: DType) -> Place:
+        """Return where tensor ``name`` of the stand-in, at ``place``, is once it fits ``like``, an aligned tensor."""
+        if not has_row_for_each_token(name) or not place.dtype.is_float or place.shape[1:] != like.shape[1:]:
+            return place
+        if self.vocabulary is not None and self.stand_in is not None:
+            return self.vocabulary.stand_in(self.stand_in, place, like, compute)
+        if self.truncate and place.shape[0] > like.shape[0]:
+            return FirstRows(place, like.shape[0])
+        return place

@@ -319,25 +319,18 @@ class FirstRows(Place):
         return f"the first {self.height} rows of {self.whole.describe()}"
 
 
-def gather_rows(
-    places: Sequence[Place], tables: Sequence[RowTable], used: NDArray[np.bool_], dtype: DType, means: RowMeans
-) -> tuple[Place, ...]:
-    """Return for each of ``tables`` the tensor that it gathers from ``places``.
+def gather_rows(places: Sequence[Place], table: RowTable, dtype: DType) -> Place:
+    """Return the tensor that ``table`` gathers from ``places``; one of them where the table leaves it as it is."""
+    whole = next((place for index, place in enumerate(places) if table.is_part(index, place.shape[0])), None)
+    return _with_parts_in_use(places, table, dtype) if whole is None else whole
 
-    Rows that are not ``used`` are the mean of those that are. A table that leaves its place as it is gives the place
-    itself.
-    """
-    gathered: list[Place] = []
-    for index, (place, table) in enumerate(zip(places, tables, strict=True)):
-        if bool(used.all()) and table.is_part(index, place.shape[0]):
-            gathered.append(place)
-            continue
-        rows = _with_parts_in_use(places, table.only(used), dtype)
-        if bool(used.all()):
-            gathered.append(rows)
-            continue
-        gathered.append(_padded(rows, used, MeanRow(rows, means)))
-    return tuple(gathered)
+
+def gather_padded_rows(
+    places: Sequence[Place], table: RowTable, used: NDArray[np.bool_], dtype: DType, means: RowMeans
+) -> Place:
+    """Return the tensor that ``table`` gathers from ``places``, with the mean of the ``used`` rows as the others."""
+    rows = _with_parts_in_use(places, table.only(used), dtype)
+    return _padded(rows, used, MeanRow(rows, means))
 
 
 def _padded(rows: GatheredRows, used: NDArray[np.bool_], padding: MeanRow) -> GatheredRows:
@@ -358,8 +351,15 @@ def _with_parts_in_use(places: Sequence[Place], table: RowTable, dtype: DType) -
     number[in_use] = np.arange(in_use.size)
     renumbered = np.where(table.part >= 0, number[np.maximum(table.part, 0)], table.part).astype(np.int16)
     parts = tuple(places[index] for index in in_use)
-    kind = GatheredRows if all(isinstance(part, StoredTensor) for part in parts) else GatheredComputedRows
+    kind = GatheredRows if all(map(_costs_by_rows, parts)) else GatheredComputedRows
     return kind(parts, RowTable(renumbered, table.row, table.averages[:, in_use]), dtype)
+
+
+def _costs_by_rows(place: Place) -> bool:
+    """Return whether reading a row of ``place`` costs the same whatever rows are read beside it."""
+    if isinstance(place, GatheredRows | FirstRows):
+        return all(map(_costs_by_rows, place.parts))
+    return isinstance(place, StoredTensor | MeanRow)
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -60,7 +60,8 @@ def build(request: Request) -> VocabularyRecord:
         elif index != request.base:
             notes.append(f"{model.name} has no tokenizer; it is taken to have that of {base.name}")
     if request.union:
-        tokenizer = _union(base, [base, *(entry for entry in loaded.values() if entry is not base)], notes)
+        others = (entry for index, entry in loaded.items() if index < request.members and entry is not base)
+        tokenizer = _union(base, [base, *others], notes)
     else:
         tokenizer = base.tokenizer if request.donor is None else _load(request.donor).tokenizer
     present = tokenizer.get_vocab()
@@ -71,7 +72,7 @@ def build(request: Request) -> VocabularyRecord:
         _permutation(vocabulary, _Loaded(model.name, loaded.get(index, base).tokenizer, _rows(model)), request, notes)
         for index, model in enumerate(request.models)
     ]
-    _tell_orphans(vocabulary, permutations, request.tokens, notes)
+    _tell_orphans(vocabulary, permutations[: request.members], request.tokens, notes)
     vocabularies = {index: loaded.get(index, base).tokenizer.get_vocab() for index, _ in request.lookups}
     return VocabularyRecord(
         ids=np.unique(np.fromiter(vocabulary.values(), dtype="<i4")).tobytes(),

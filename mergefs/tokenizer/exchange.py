@@ -21,12 +21,14 @@ class SourceModel(msgspec.Struct, frozen=True, array_like=True):
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """Which vocabulary to build.
 
-    ``base`` is the index of the model whose tokenizer the others' tokens are added to with ``union``. Without it the
-    vocabulary is that of ``donor``, or where that is None of the base. ``tokens`` are added where they are missing,
-    and ``lookups`` are tokens whose ids in one model (its index) are wanted.
+    The first ``members`` of ``models`` are merged; of the others only the rows of its tokens are wanted. ``base``
+    is the index of the model whose tokenizer the others' tokens are added to with ``union``. Without it the vocabulary
+    is that of ``donor``, or where that is None of the base. ``tokens`` are added where they are missing, and
+    ``lookups`` are tokens whose ids in one model (its index) are wanted.
     """
 
     models: tuple[SourceModel, ...]
+    members: int
     base: int
     union: bool
     donor: SourceModel | None

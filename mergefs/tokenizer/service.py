@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -38,16 +38,24 @@ class TokenizerModels:
     """The tokenizers that take part: of every model of the merge, in the recipe's order.
 
     ``base`` is the base of the recipe, or without one its first model. ``donor`` is the model that the settings take
-    the vocabulary from, where they name one; it may take no part in the merge.
+    the vocabulary from, where they name one; it may take no part in the merge. ``others`` take no part, and yet their
+    rows are wanted.
     """
 
     merged: Mapping[ModelReference, ModelTokenizer]
     base: ModelReference
     donor: ModelTokenizer | None
+    others: Mapping[ModelReference, ModelTokenizer] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def references(self) -> tuple[ModelReference, ...]:
+        """The models whose rows are wanted, those that take part first."""
+        return (*self.merged, *self.others)
 
     def all(self) -> tuple[ModelTokenizer, ...]:
-        """Return every tokenizer."""
-        return (*self.merged.values(), *([self.donor] if self.donor is not None else []))
+        """Return every tokenizer: those of ``references`` and the donor's."""
+        donor = [] if self.donor is None else [self.donor]
+        return (*self.merged.values(), *self.others.values(), *donor)
 
 
 def merged_vocabulary(settings: TokenizerSettings, models: TokenizerModels, catalog: Catalog) -> MergedVocabulary:
@@ -72,12 +80,13 @@ def merged_vocabulary(settings: TokenizerSettings, models: TokenizerModels, cata
 
 def _request(settings: TokenizerSettings, models: TokenizerModels) -> Request:
     """Return what to build; the directories are named after the order of ``models.all()``."""
-    order = list(models.merged)
+    order = list(models.references)
     sources = [
         SourceModel(tokenizer.name, str(index), tokenizer.exists) for index, tokenizer in enumerate(models.all())
     ]
     return Request(
         models=tuple(sources[: len(order)]),
+        members=len(models.merged),
         base=order.index(models.base),
         union=settings.source == "union",
         donor=None if models.donor is None else sources[-1],
@@ -172,7 +181,7 @@ def _vocabulary(record: VocabularyRecord, settings: TokenizerSettings, models: T
     used = np.zeros(size, dtype=np.bool_)
     used[ids] = True
     permutations = {}
-    for model, packed in zip(models.merged, record.permutations, strict=True):
+    for model, packed in zip(models.references, record.permutations, strict=True):
         permutation = np.full(size, -1, dtype=np.int64)
         own = np.frombuffer(packed, dtype="<i4")
         permutation[: own.size] = own

@@ -12,7 +12,7 @@ from mergefs.errors import PlanError
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import ModelSource, OtherTokenSource, TokenSetting, ZeroSource
 from mergefs.recipe.wording import quote
-from mergefs.sources.gathered import AVERAGE, ZERO, RowMeans, RowTable, gather_rows
+from mergefs.sources.gathered import AVERAGE, ZERO, RowMeans, RowTable, gather_padded_rows, gather_rows
 from mergefs.sources.place import Place
 
 
@@ -69,7 +69,25 @@ class MergedVocabulary:
                     "which may differ in the number of rows only; merge models of one architecture"
                 )
         tables = self.row_tables(models, [place.shape[0] for place in places], base)
-        return gather_rows(places, tables, self.used, compute, means)
+        if bool(self.used.all()):
+            return tuple(gather_rows(places, table, compute) for table in tables)
+        return tuple(gather_padded_rows(places, table, self.used, compute, means) for table in tables)
+
+    def stand_in(self, model: ModelReference, place: Place, like: Place, compute: DType) -> Place:
+        """Return a tensor of ``model``, at ``place``, with a row for each token.
+
+        It may take no part in the merge. Of tokens that it lacks it has the rows of ``like``, a tensor with a row for
+        each token. Raises PlanError when ``place`` is too small.
+        """
+        own = self.permutations[model]
+        _check_heights(own[np.newaxis], [model], [place.shape[0]])
+        has = own >= 0
+        table = RowTable(
+            part=np.where(has, np.int16(0), np.int16(1)),
+            row=np.where(has, own, np.arange(self.size)),
+            averages=np.empty((0, 2), dtype=np.int64),
+        )
+        return gather_rows([place, like], table, compute)
 
     def row_tables(
         self, models: Sequence[ModelReference], heights: Sequence[int], base: ModelReference | None
