@@ -34,7 +34,7 @@ from mergefs.recipe import document
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import ModelSource, OtherTokenSource, TokenSetting, TokenSource, ZeroSource
 from mergefs.sources.blocks import BlockGrid
-from mergefs.sources.gathered import FirstRows, GatheredComputedRows
+from mergefs.sources.gathered import FirstRows, GatheredComputedRows, GatheredRows
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.sources.reader import SourceReader
@@ -317,14 +317,35 @@ def test_rows_that_lie_next_to_each_other_are_read_at_once(monkeypatch: pytest.M
         assert reads == [2, 3, 1]
 
 
+class Computed(Place):
+    """A tensor that is computed from all of another one, whichever part of it is read."""
+
+    def __init__(self, whole: Place) -> None:
+        self._whole = whole
+
+    shape = property(lambda self: self._whole.shape)
+    dtype = property(lambda self: self._whole.dtype)
+    parts = property(lambda self: (self._whole,))
+    formula = b"computed"
+
+    def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
+        return self._whole.read(reader, 0, self.elements, purpose)[start * 4 : stop * 4]
+
+    def bytes_read(self, grid: BlockGrid, role: Role) -> Any:
+        return np.full(grid.count, self._whole.total_bytes_read(role))
+
+    def describe(self) -> str:
+        return "computed"
+
+
 def test_rows_of_computed_places_are_bought_whole_or_not_at_all() -> None:
-    with stored([values((6, 2), torch.float32, 0)], None) as (places, reader, _):
-        cut = FirstRows(places[0], 4)
+    with stored([values((4, 2), torch.float32, 0)], None) as (places, reader, _):
         case = Case((torch.zeros(4, 2),), ((3, 2, 1, 0),))
-        (place,) = vocabulary(case).gather(case.references, [cut], None, cut.dtype, Means(reader))
-        assert isinstance(place, GatheredComputedRows)
-        assert not place.divisible
-        assert place.total_bytes_read(Role.EXPERT) == cut.total_bytes_read(Role.EXPERT) == 4 * 8
+        for nested, kind in ((FirstRows(places[0], 4), GatheredRows), (Computed(places[0]), GatheredComputedRows)):
+            (place,) = vocabulary(case).gather(case.references, [nested], None, nested.dtype, Means(reader))
+            assert type(place) is kind
+            assert place.divisible == (kind is GatheredRows)
+            assert place.total_bytes_read(Role.EXPERT) == 4 * 8
 
 
 def test_first_rows_are_those_of_the_whole() -> None:
