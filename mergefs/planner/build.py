@@ -103,7 +103,7 @@ class Drafter:
         for entry in recipe.inputs():
             role = Role.BASE if entry.model in recipe.bases else Role.EXPERT
             opened[entry.model] = self._opener.open(entry.model, recipe, role)
-        stand_in, named = None, recipe.base
+        stand_in, named = None, recipe.base or self._base
         if recipe.base is not None and recipe.base not in opened:
             stand_in = self._opener.open(recipe.base, recipe, Role.BASE)
         elif not recipe.bases and self._base is not None:
