@@ -147,4 +147,11 @@ def test_a_mount_shows_the_result_alone(models: Family, tmp_path: Path) -> None:
         expected = model.read_file("model.safetensors")
     with mounted_recipes(recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state") as mount:
         assert (mount.mountpoint / "model.safetensors").read_bytes() == expected
+        card = (mount.mountpoint / "README.md").read_text()
+        made_of = json.loads((mount.mountpoint / "mergefs.json").read_text())["inputs"]
         assert sorted(path.name for path in mount.mountpoint.glob("*.safetensors")) == ["model.safetensors"]
+    leaves = [str(path) for path in (*models.experts, models.base)]
+    assert [line[3:-1] for line in card.splitlines() if line.startswith('- "')] == leaves
+    assert f"* `inner` (expert, merged by Task arithmetic)\n  * `{models.experts[0]}` (expert)" in card
+    assert [entry["reference"] for entry in made_of] == ["inner", leaves[1], leaves[2]]
+    assert [entry["reference"] for entry in made_of[0]["inputs"]] == leaves

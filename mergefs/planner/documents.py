@@ -31,10 +31,7 @@ def _provenance(plan: MergePlan) -> bytes:
         "plan_id": plan.plan_id,
         "method": plan.method.specification.name,
         "recipe": plan.recipe.text,
-        "inputs": [
-            {"reference": entry.reference, "role": entry.role.value, "identity": entry.identity}
-            for entry in plan.inputs
-        ],
+        "inputs": _inputs(plan),
         "stand_in": None
         if plan.stand_in is None
         else {"reference": plan.stand_in.reference, "identity": plan.stand_in.identity},
@@ -48,12 +45,41 @@ def _provenance(plan: MergePlan) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _inputs(plan: MergePlan) -> list[dict[str, Any]]:
+    """Return the inputs of a plan, each with its own where it is the result of a merge."""
+    return [
+        {"reference": entry.reference, "role": entry.role.value, "identity": entry.identity}
+        | ({} if entry.model.merged is None else {"inputs": _inputs(entry.model.merged)})
+        for entry in plan.inputs
+    ]
+
+
+def _model_references(plan: MergePlan) -> list[str]:
+    """Return the models that a plan is made of in the end, each once; the results of inner merges are none."""
+    found: list[str] = []
+    for entry in plan.inputs:
+        found += [entry.reference] if entry.model.merged is None else _model_references(entry.model.merged)
+    return list(dict.fromkeys(found))
+
+
 def _model_card(plan: MergePlan) -> str:
     """Return README.md with the front matter that model hubs read."""
-    names = [entry.reference for entry in plan.inputs]
+    names = _model_references(plan)
     front = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in names), "library_name: transformers"]
     front += ["tags:", "- mergefs", "- mergekit", "- merge", "---"]
     return "\n".join(front) + "\n\n" + _card_text(plan, plan.method)
+
+
+def _listed_inputs(plan: MergePlan, indent: str = "") -> list[str]:
+    """Return the inputs of a plan as a list in Markdown, with those of inner merges below."""
+    lines: list[str] = []
+    for entry in plan.inputs:
+        inner = entry.model.merged
+        method = "" if inner is None else f", merged by {inner.method.specification.title}"
+        lines.append(f"{indent}* `{entry.reference}` ({entry.role.value}{method})")
+        if inner is not None:
+            lines += _listed_inputs(inner, indent + "  ")
+    return lines
 
 
 def _card_text(plan: MergePlan, method: Method[Any]) -> str:
@@ -66,7 +92,7 @@ def _card_text(plan: MergePlan, method: Method[Any]) -> str:
             "were planned to be read"
         )
     specification = method.specification
-    inputs = "\n".join(f"* `{entry.reference}` ({entry.role.value})" for entry in plan.inputs)
+    inputs = "\n".join(_listed_inputs(plan))
     return (
         "# A merged model\n\n"
         f"Merged by mergefs with the method [{specification.title}]({specification.reference}); {read}.\n\n"
