@@ -103,6 +103,7 @@ def test_dtypes_are_named_as_in_torch(prefix: str, name: str, dtype: object) -> 
         ("{model: {path: org/name, revision: v2}}", ModelReference("org/name@v2", "org/name", "v2", None)),
         ("{model: {path: 'a+b@c'}}", ModelReference("a+b@c", "a+b@c", None, None)),
         ("{model: a+b}", ModelReference("a+b", "a+b", None, None)),
+        ("{model: name, override_architecture: Other}", ModelReference("name", "name", None, None, "Other")),
         ("org/name@v2+me/lora@v1", ModelReference("org/name@v2+me/lora@v1", "org/name", "v2", LORA)),
         ("{model: {path: name}, lora: me/lora@v1}", ModelReference("name+me/lora@v1", "name", None, LORA)),
         (
@@ -246,12 +247,6 @@ def test_every_method_of_the_registry_is_a_merge_method(method: str) -> None:
         ("model: math", "model: {model: math, lora: {revision: x}}", 4, ("an adapter's location has no path",)),
         ("model: math", "model: {model: math, lora: {paht: x}}", 4, ("'paht'", "an adapter's", "did you mean 'path'?")),
         ("- model: math", "- model: math\n    lora: x", 5, ("'lora'", "adapter")),
-        (
-            "- model: math",
-            "- model: {model: math, override_architecture: X}",
-            4,
-            ("'override_architecture'", "remove"),
-        ),
         # structure
         ("models:", "slices:", 4, ("'model' cannot be used here", "sources: [{")),
         ("models:", "modules:", 4, ("'modules' must be a mapping", "text_decoder")),

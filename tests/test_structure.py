@@ -124,6 +124,16 @@ def test_the_base_of_a_stack_gives_the_configuration(models: Family, tmp_path: P
     assert config_of(tmp_path, document)["num_hidden_layers"] == 2
 
 
+def test_an_architecture_may_be_overridden(models: Family, tmp_path: Path) -> None:
+    base = {"model": {"path": str(models.base)}, "override_architecture": "MistralForCausalLM"}
+    document = {"merge_method": "passthrough", "models": [{"model": base}]}
+    plain = {"merge_method": "passthrough", "models": [{"model": str(models.base)}]}
+    config = config_of(tmp_path, document)
+    assert config.pop("architectures") == ["MistralForCausalLM"]
+    assert config == {key: value for key, value in config_of(tmp_path, plain).items() if key != "architectures"}
+    assert_equal(tmp_path, document)
+
+
 PER_LAYER = {
     "layer_types": ["full", "sliding", "full", "linear"],
     "no_rope_layers": [1, 1, 0, 1],

@@ -1,5 +1,6 @@
 """config.json of the merged model: the donor's, with the dtype of the recipe and the layers that it puts together."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -112,3 +113,8 @@ def _adapted(name: str, value: Any, section: str | None, count_key: str, origins
     if any(origin.layer >= len(entries) for origin, entries in zip(origins, lists, strict=True)):
         return value
     return [entries[origin.layer] for origin, entries in zip(origins, lists, strict=True)]
+
+
+def encode_config(config: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a config.json."""
+    return (json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n").encode()

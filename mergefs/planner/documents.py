@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergefs.methods.contract import Method
+from mergefs.planner.configuration import encode_config
 from mergefs.planner.layout import index_json
 from mergefs.planner.plan import MergePlan
 from mergefs.units import format_size
@@ -16,7 +17,7 @@ def documents(plan: MergePlan) -> dict[str, bytes]:
     if plan.options.write_model_card:
         files |= {"README.md": _model_card(plan).encode(), "mergekit_config.yml": plan.recipe.text.encode()}
     if plan.config is not None:
-        files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+        files["config.json"] = encode_config(plan.config)
     if len(plan.files) > 1:
         files["model.safetensors.index.json"] = index_json(
             plan.files, sum(tensor.nbytes for tensor in plan.tensors.values())

@@ -33,12 +33,15 @@ def plan_identity(
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
-        "format": 3,
+        "format": 4,
         "method": recipe.method,
         "dtype": recipe.dtype.name if recipe.dtype else None,
         "out_dtype": recipe.out_dtype.name if recipe.out_dtype else None,
         "parameters": _plain(recipe.parameters),
-        "models": [{"identity": entry.identity, "role": entry.role.value} for entry in inputs],
+        "models": [
+            {"identity": entry.identity, "role": entry.role.value, "architecture": listed.model.architecture}
+            for entry, listed in zip(inputs, recipe.inputs(), strict=True)
+        ],
         "modules": _structure(recipe),
         "stand_in": stand_in.identity if stand_in else None,
         "budget_bytes": budget_bytes,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -10,6 +11,7 @@ from mergefs.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from mergefs.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mergefs.errors import RecipeError
 from mergefs.planner.adapters import with_adapter
+from mergefs.planner.configuration import encode_config
 from mergefs.planner.documents import documents
 from mergefs.planner.merged import MergedTensor
 from mergefs.planner.plan import InputModel, MergePlan, PlanInput
@@ -51,6 +53,8 @@ class ModelOpener:
         if reference.adapter is not None:
             path = locate(reference.adapter, recipe.origin, recipe.directory, kind="adapter")
             model = self._adapted(model, self._adapter(path), role)
+        if reference.architecture is not None:
+            model = _of_architecture(model, reference.architecture)
         return PlanInput(reference.text, model, role)
 
     def _stored(self, reference: ModelReference, recipe: Recipe, role: Role) -> InputModel:
@@ -153,3 +157,10 @@ class ModelOpener:
             identity=plan.plan_id,
             merged=plan,
         )
+
+
+def _of_architecture(model: InputModel, architecture: str) -> InputModel:
+    """Return a model whose config.json names another architecture; its tensors are merged by their names anyway."""
+    config = {**model.config, "architectures": [architecture]}
+    files = {**model.files, "config.json": encode_config(config)}
+    return replace(model, config=MappingProxyType(config), files=MappingProxyType(files))

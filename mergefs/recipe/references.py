@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,13 +22,15 @@ class ModelReference:
     """A model as a recipe names it: a directory or a Hub name, perhaps at a revision or with an adapter.
 
     ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter[@revision]]``; ``adapter`` is
-    named like a model. Two references are the same model when they are equal.
+    named like a model. ``architecture`` takes the place of the one in its config.json. Two references are the same model
+    when they are equal.
     """
 
     text: str
     path: str
     revision: str | None
     adapter: "ModelReference | None"
+    architecture: str | None = None
 
     @property
     def without_adapter(self) -> "ModelReference":
@@ -41,24 +43,20 @@ class ModelReference:
 def read_reference(entry: Entry) -> ModelReference:
     """Return the model that ``entry`` names, as text or as ``{model: {path, revision}, lora: {path, revision}}``.
 
-    Raises RecipeError, with its line, when it is none or asks for another architecture.
+    Raises RecipeError, with its line, when it is none.
     """
     item = entry.value
     if not isinstance(item, TableItem):
         return _with_adapter(entry, _text(entry))
     _check_keys(item, _MODEL_KEYS, "a model")
-    architecture = item.get("override_architecture")
-    if architecture is not None:
-        raise architecture.place.error(
-            "this version does not override architectures, because it merges every tensor by its name; "
-            "remove 'override_architecture'"
-        )
     inner = item.get("model")
     if inner is None:
         raise item.place.error(f"the mapping of {entry.key!r} has no model; add `model: PATH` to it")
     model = _located(inner, "a model's location")
     lora = item.get("lora")
-    return model if lora is None else _joined(model, _located(lora, "an adapter's location"))
+    reference = model if lora is None else _joined(model, _located(lora, "an adapter's location"))
+    architecture = item.get("override_architecture")
+    return reference if architecture is None else replace(reference, architecture=_text(architecture))
 
 
 def _with_adapter(entry: Entry, text: str) -> ModelReference:
