@@ -22,8 +22,8 @@ class ModelReference:
     """A model as a recipe names it: a directory or a Hub name, perhaps at a revision or with an adapter.
 
     ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter[@revision]]``; ``adapter`` is
-    named like a model. ``architecture`` takes the place of the one in its config.json. Two references are the same model
-    when they are equal.
+    named like a model. ``architecture`` takes the place of the one in its config.json. Two references are the same
+    model when they are equal.
     """
 
     text: str
