@@ -22,13 +22,21 @@ def table() -> str:
         rows = [option for option in MERGEKIT_OPTIONS if option.tool is tool]
         if tool is Tool.MULTI:
             lines.append(f"| **`{tool.value}` alone** | | |")
-        lines += [f"| {spelled(option)} | {option.effect.value} | {option.explanation} |" for option in rows]
+        lines += [f"| {spelled(option)} | {effect(option)} | {option.explanation} |" for option in rows]
     return "\n".join(lines) + "\n"
 
 
 def spelled(option: MergekitOption) -> str:
-    """Return every way to write an option."""
+    """Return the ways to write an option, but for a side of a switch that asks for what is done anyway."""
+    if option.takes == "switch" and option.passed_over:
+        return f"`{option.spelling(not option.passed_over[0])}`"
     return ", ".join(f"`{way}`" for spelling in option.spellings for way in spelling.split("/"))
+
+
+def effect(option: MergekitOption) -> str:
+    """Return what an option does, and for which values that is not so."""
+    silent = [f"`{value}`" for value in option.passed_over if isinstance(value, str)]
+    return option.effect.value + (f", but for {' and '.join(silent)}" if silent else "")
 
 
 def updated(page: str) -> str:
