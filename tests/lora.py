@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from checkpoints import llama_config, llama_tensors, write_model
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, get_auto_cls
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tensors import Tensors, load_model
@@ -69,6 +69,80 @@ def gpt2(prefix: bool = True, **shape: int) -> BaseMaker:
         if not prefix:
             tensors = load_model(directory)
             save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, _weights(directory))
+        return directory
+
+    return make
+
+
+_SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+ARCHITECTURES: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
+    "GPT-OSS": (
+        "GptOssForCausalLM",
+        lambda: transformers.GptOssConfig(**_GROUPED | {"intermediate_size": 32, "num_local_experts": 3}),
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "Llama 4": (
+        "Llama4ForCausalLM",
+        lambda: transformers.Llama4TextConfig(
+            **_GROUPED, intermediate_size_mlp=48, num_local_experts=3, interleave_moe_layer_step=1
+        ),
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "Phi 3": (
+        "Phi3ForCausalLM",
+        lambda: transformers.Phi3Config(**_SMALL, num_key_value_heads=2, intermediate_size=48, pad_token_id=0),
+        {"target_modules": "all-linear"},
+    ),
+    "Gemma 3": (
+        "Gemma3ForConditionalGeneration",
+        lambda: transformers.Gemma3Config(
+            text_config=_GROUPED,
+            vision_config={**_VISION, "image_size": 28, "patch_size": 14},
+            image_token_index=59,
+            boi_token_index=57,
+            eoi_token_index=58,
+        ),
+        {"target_modules": ["q_proj", "fc1"]},
+    ),
+    "GPT-NeoX": (
+        "GPTNeoXForCausalLM",
+        lambda: transformers.GPTNeoXConfig(**_SMALL, intermediate_size=48),
+        {"target_modules": ["query_key_value", "embed_in", "lm_head"]},
+    ),
+    "OPT": (
+        "OPTForCausalLM",
+        lambda: transformers.OPTConfig(**_SMALL, ffn_dim=48, word_embed_proj_dim=32),
+        {"target_modules": ["q_proj", "fc1"], "bias": "all"},
+    ),
+    "Bloom": (
+        "BloomForCausalLM",
+        lambda: transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=60),
+        {"target_modules": ["query_key_value", "word_embeddings"]},
+    ),
+    "Mamba": (
+        "MambaForCausalLM",
+        lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=60, state_size=4),
+        {"target_modules": ["in_proj", "x_proj", "embeddings"]},
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        lambda: transformers.T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16, vocab_size=60),
+        {"target_modules": ["q", "wi"]},
+    ),
+}
+"""Architectures of other shapes and names than Llama's: the class, a small configuration, and what to adapt of it."""
+
+
+def architecture(name: str) -> BaseMaker:
+    """Return a maker of models of one of ``ARCHITECTURES``."""
+    model_class, config, _ = ARCHITECTURES[name]
+
+    def make(directory: Path, dtype: torch.dtype) -> Path:
+        torch.manual_seed(0)
+        getattr(transformers, model_class)(config()).to(dtype).save_pretrained(directory)
         return directory
 
     return make
@@ -137,7 +211,8 @@ def train(base: Path, adapter: Path, seed: int = 1, keep_dtype: bool = False, **
 
     With ``keep_dtype`` the factors have the dtype of the model, and not float32.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    architectures = json.loads((base / "config.json").read_text())["architectures"]
+    model = get_auto_cls(architectures[0]).from_pretrained(base)
     _save(model, adapter, seed, keep_dtype, config)
     return Pair(base, adapter)
 

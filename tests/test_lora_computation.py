@@ -11,9 +11,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora import Pair, applied, gpt2, layers, llama, read, stack_of_experts, train, train_module
+from lora import (
+    Pair,
+    applied,
+    gpt2,
+    layers,
+    llama,
+    read,
+    read_all,
+    stack_of_experts,
+    train,
+    train_module,
+    write_adapter,
+)
+from tensors import load_model
 
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
+from mergefs.errors import CheckpointError
 from mergefs.kernels.arithmetic import fused_multiply_add
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.fused import low_rank as fused
@@ -176,6 +190,56 @@ def test_what_is_read_may_be_written_to(adapted: dict[str, Example], kind: str) 
     place.read(reader, 0, place.elements, Purpose.EXPERT)[:] = 0
     assert np.array_equal(place.read(reader, 0, place.elements, Purpose.EXPERT), whole)
     reader.close()
+
+
+SHAPES = st.lists(st.sampled_from([1, 2, 3, 16, 32, 64, 96]), min_size=1, max_size=3)
+PARTS = st.sampled_from(
+    [
+        *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "weight", "bias"),
+        *("lora_magnitude_vector", "base_layer.weight", "base_layer.lora_A.weight", "base_layer.lora_B.weight"),
+        "token_adapter.trainable_tokens_delta",
+    ]
+)
+MODULES = st.sampled_from(["model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj", "model.norm", "other"])
+SWITCHES = st.fixed_dictionaries(
+    {},
+    optional={
+        "use_dora": st.booleans(),
+        "fan_in_fan_out": st.booleans(),
+        "trainable_token_indices": st.just([0, 5]),
+        "target_parameters": st.just(["q_proj.weight"]),
+        "modules_to_save": st.just(["lm_head", "embed_tokens"]),
+        "r": st.sampled_from([1, 2, 3]),
+    },
+)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tied=request.param)(tmp_path_factory.mktemp("model"), torch.bfloat16)
+
+
+@given(data=st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_an_adapter_holds_it_is_computed_or_refused_in_a_sentence(
+    model: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    """What has been accepted can be read: no mistake of an adapter is found by who reads a mount."""
+    tensors = {}
+    for module in data.draw(st.sets(MODULES, min_size=1, max_size=2)):
+        if data.draw(st.booleans()):
+            tensors |= {f"{module}.lora_A.weight": torch.ones(2, 32)}
+            tensors |= {f"{module}.lora_B.weight": torch.ones(data.draw(st.sampled_from([32, 96])), 2)}
+        for part, shape in data.draw(st.dictionaries(PARTS, SHAPES, max_size=3)).items():
+            tensors[f"{module}.{part}"] = torch.ones(shape)
+    adapter = write_adapter(tmp_path, tensors, **data.draw(SWITCHES))
+    try:
+        places = applied(Pair(model, adapter))
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert read_all(places).keys() >= set(load_model(model))
 
 
 # Accounts

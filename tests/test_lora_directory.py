@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lora import llama, train, write_adapter
 from safetensors.torch import save_file
 
@@ -115,6 +117,38 @@ def test_a_change_of_any_file_is_noticed(tmp_path: Path) -> None:
 
 
 # What is refused
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10) | st.floats() | st.text(max_size=5) | st.sampled_from(["(", ".*"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [
+        *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora"),
+        *("init_lora_weights", "modules_to_save", "target_parameters", "trainable_token_indices", "revision", "bias"),
+        *("base_model_name_or_path", "ensure_weight_tying", "layer_replication", "some_future_key"),
+    ]
+)
+
+
+@given(changes=st.dictionaries(KEYS, JSON_VALUES, max_size=4))
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_configuration_holds_it_is_read_or_refused_in_a_sentence(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    write_adapter(tmp_path, factors())
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    try:
+        config = open_adapter(tmp_path).config
+    except CheckpointError as error:
+        assert "adapter_config.json" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert config.rank_of(MODULE) >= 1
+        assert isinstance(config.scaling_of(MODULE), float)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ SPELLINGS = {
         "model.language_model.layers.0.mlp.up_proj",
     ),
     "an old adapter of a new Qwen2-VL": ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+    "GPT-NeoX": ("lm_head", "embed_out"),
     "Mixtral": ("model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"),
 }
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from lora import (
+    ARCHITECTURES,
     BaseMaker,
     Pair,
     applied,
+    architecture,
     gpt2,
     layers,
     llama,
@@ -27,6 +29,7 @@ from lora import (
     train_module,
     write_adapter,
 )
+from safetensors.torch import save_file
 from tensors import Tensors, bits, differing, load_model, unit_in_the_last_place
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -93,6 +96,27 @@ def test_factors_in_the_dtype_of_the_model_are_multiplied_as_float32(tmp_path: P
     assert differing(read_all(applied(pair)), theirs) == {}
 
 
+def test_the_dtype_is_that_of_the_files_whatever_the_config_says(tmp_path: Path) -> None:
+    pair = CASES["all projections"].train(tmp_path, F32)
+    config = pair.base / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    theirs, _ = merged_by_mergekit(pair)
+    assert differing(read_all(applied(pair)), theirs) == {}
+
+
+def test_tensors_of_different_dtypes_keep_theirs(tmp_path: Path) -> None:
+    """mergekit has transformers load all of them in the dtype of the first."""
+    base = llama()(tmp_path / "base", BF16)
+    tensors = load_model(base)
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if "v_proj" in name}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    pair = train(base, tmp_path / "adapter", r=3, target_modules=["q_proj", "v_proj"])
+    ours, (theirs, _) = read_all(applied(pair)), merged_by_mergekit(pair)
+    mixed = "model.layers.0.self_attn.v_proj.weight"
+    assert (ours[mixed].dtype, theirs[mixed].dtype) == (F32, BF16)
+    assert differing({name: tensor.to(BF16) for name, tensor in ours.items()}, theirs) == {}
+
+
 UNTIED = {
     "the input embedding": ({"modules_to_save": ["embed_tokens"]}, {"tie_word_embeddings": False}),
     "the output embedding": ({"modules_to_save": ["lm_head"]}, {"tie_word_embeddings": False}),
@@ -137,6 +161,15 @@ def test_adapters_of_single_experts_equal_mergekit(tmp_path: Path, kind: str, dt
     pair = Pair(base, write_adapter(tmp_path / "adapter", factors, **config))
     theirs, _ = merged_by_mergekit(pair)
     assert differing(read_all(applied(pair)), theirs) == {}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_adapters_of_many_architectures_equal_mergekit(tmp_path: Path, name: str) -> None:
+    pair = Case(architecture(name), {"r": 2, **ARCHITECTURES[name][2]}).train(tmp_path, BF16)
+    theirs, _ = merged_by_mergekit(pair)
+    ours = applied(pair)
+    assert differing(read_all(ours), theirs) == {}
+    assert any(place.parts for place in ours.values())
 
 
 # Layers that no model of the tests has, by PEFT alone

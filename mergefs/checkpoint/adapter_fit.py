@@ -224,6 +224,7 @@ _SPELLINGS: Final[tuple[_Spelling, ...]] = (
         ("multi_modal_projector.", "model.multi_modal_projector."),
     ),
     _renamed(("visual.", "model.visual."), ("model.", "model.language_model.")),
+    _renamed(("lm_head.", "embed_out.")),  # GPT-NeoX
     lambda name: name.replace(".mlp.", ".block_sparse_moe."),  # Mixtral
 )
 

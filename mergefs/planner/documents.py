@@ -56,10 +56,13 @@ def _inputs(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def _model_references(plan: MergePlan) -> list[str]:
-    """Return the models that a plan is made of in the end, each once; the results of inner merges are none."""
+    """Return the models and adapters that a plan is made of in the end, each once; results of inner merges are none."""
+    references = {entry.model.text: entry.model for entry in plan.recipe.inputs()}
     found: list[str] = []
     for entry in plan.inputs:
-        found += [entry.reference] if entry.model.merged is None else _model_references(entry.model.merged)
+        reference, inner = references[entry.reference], entry.model.merged
+        found += [reference.without_adapter.text] if inner is None else _model_references(inner)
+        found += [reference.adapter.text] if reference.adapter is not None else []
     return list(dict.fromkeys(found))
 
 
