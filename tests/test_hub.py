@@ -19,6 +19,7 @@ from fake_hub import FakeHub, Repository, fake_hub, repository_of
 from mounting import environment
 from recipes import write_document
 
+from mergefs.cli import main
 from mergefs.errors import DownloadError, RecipeError
 from mergefs.recipe import hub as hub_module
 from mergefs.recipe.hub import find_on_hub
@@ -233,6 +234,28 @@ def test_a_download_that_breaks_off_goes_on_with_the_files_that_are_missing(
     assert shard in hub.downloaded()
     assert not any(name.endswith(".json") for name in hub.downloaded())
     assert (snapshot / shard).stat().st_size == len(next(iter(hub_repository.commits.values()))[shard])
+
+
+def test_ctrl_c_during_a_download_ends_quietly_and_the_next_run_goes_on(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_document(tmp_path / "r.yml", {"merge_method": "passthrough", "models": [{"model": NAME}]})
+    original = huggingface_hub.snapshot_download
+
+    def interrupted(*arguments: Any, **options: Any) -> str:
+        found = original(*arguments, **options)
+        assert not list(Path(found).glob("*.safetensors"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "snapshot_download", interrupted)
+        assert main(["plan", str(recipe)]) == 130
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.strip()) == ("", "mergefs: interrupted")
+    assert not any(name.endswith(".safetensors") for name in hub.downloaded())  # they come last
+    hub.requests.clear()
+    assert main(["plan", str(recipe)]) == 0
+    assert {name for name in hub.downloaded() if name.endswith(".json")} == set()
 
 
 def test_a_snapshot_that_lacks_weights_is_completed_or_taken_as_it_is_offline(
