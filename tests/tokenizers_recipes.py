@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mergefs.catalog import Catalog
+from mergefs.progress import Silence
 from mergefs.recipe.document import TableItem, parse_documents
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import read_tokenizer
@@ -66,4 +67,4 @@ def vocabulary_of(document: Mapping[str, Any], catalog: Path) -> MergedVocabular
         donor=donor,
     )
     with Catalog(catalog) as opened:
-        return merged_vocabulary(settings, models, opened)
+        return merged_vocabulary(settings, models, opened, Silence())

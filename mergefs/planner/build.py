@@ -70,7 +70,7 @@ def make_plan(
     Without a budget only headers are read. A budget below all expert bytes needs block statistics: what is missing is
     gathered first, which reads the models once and is counted in the ledger as analysis.
     """
-    drafter = Drafter(options, workspace)
+    drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
     total = sum(tensor.expert_bytes for tensor in draft.tensors)
     limit = total if options.budget is None else parse_budget(options.budget).limit(total)
@@ -90,8 +90,9 @@ def make_plan(
 class Drafter:
     """Plans recipes without spending a budget; a model directory is opened once, whatever names it."""
 
-    def __init__(self, options: PlanOptions, workspace: Workspace) -> None:
+    def __init__(self, options: PlanOptions, workspace: Workspace, progress: Progress) -> None:
         self._options = options
+        self._progress = progress
         self._catalog = workspace.catalog
         self._statistics = workspace.statistics
         self._base = None if options.base is None else ModelReference(options.base, options.base, None, None)
@@ -112,7 +113,7 @@ class Drafter:
         donor = _donor(recipe, opened, stand_in)
         assembly = assemble(recipe, models, donor)
         instead = (named, stand_in.model) if named is not None and stand_in is not None else None
-        tokenizer = plan_tokenizer(recipe, models, instead, donor, self._catalog)
+        tokenizer = plan_tokenizer(recipe, models, instead, donor, self._catalog, self._progress)
         alignment = Alignment(tokenizer.vocabulary, self._options.truncate_embeddings, self._statistics, named)
         planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed, alignment).plan(assembly)
         require_known_filters(recipe, unmatched_filters(recipe, planned.names))
@@ -154,7 +155,7 @@ def _donor(recipe: Recipe, opened: Mapping[ModelReference, PlanInput], stand_in:
 
 def draft_plan(recipe: Recipe, options: PlanOptions, workspace: Workspace) -> Draft:
     """Open the models of ``recipe`` and plan every tensor; reads headers only."""
-    return Drafter(options, workspace).draft(recipe)
+    return Drafter(options, workspace, Silence()).draft(recipe)
 
 
 def analyze_draft(draft: Draft, workspace: Workspace, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.auxiliary import find_auxiliary_files
 from mergefs.checkpoint.source import AuxiliaryFile
 from mergefs.planner.plan import FileContent, InputModel
+from mergefs.progress import Progress
 from mergefs.recipe.definition import Recipe
 from mergefs.recipe.model import find_model
 from mergefs.recipe.references import ModelReference
@@ -41,6 +42,7 @@ def plan_tokenizer(
     stand_in: tuple[ModelReference, InputModel] | None,
     donor: InputModel,
     catalog: Catalog,
+    progress: Progress,
 ) -> TokenizerPlan:
     """Return the tokenizer that ``recipe`` asks for, whose ``models`` have been opened.
 
@@ -54,7 +56,7 @@ def plan_tokenizer(
     hasher = blake3()
     vocabulary = None
     if recipe.tokenizer is not None:
-        vocabulary = merged_vocabulary(recipe.tokenizer, taking_part, catalog)
+        vocabulary = merged_vocabulary(recipe.tokenizer, taking_part, catalog, progress)
         files = {name: content for name, content in files.items() if not is_tokenizer_file(name)} | dict(
             vocabulary.files
         )

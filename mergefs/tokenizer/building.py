@@ -8,7 +8,9 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,11 +39,13 @@ class _Loaded:
 
     name: str
     tokenizer: Any
+    vocabulary: Tokens
     rows: int | None
 
-    def vocabulary(self) -> Tokens:
-        """Return the ids by token, in the order of the ids."""
-        return _in_order(self.tokenizer.get_vocab())
+    @property
+    def height(self) -> int:
+        """The number of rows, or where that is not known the number of tokens."""
+        return len(self.vocabulary) if self.rows is None else self.rows
 
 
 def build(request: Request) -> VocabularyRecord:
@@ -67,18 +71,19 @@ def build(request: Request) -> VocabularyRecord:
     present = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in dict.fromkeys(request.tokens) if token not in present])
     vocabulary = _in_order(tokenizer.get_vocab())
-    # Where the vocabulary is the base's own, the base itself now has the tokens that were added: as in mergekit.
+    if tokenizer is base.tokenizer:  # the base itself has the tokens now that were added: as in mergekit
+        base = loaded[request.base] = replace(base, vocabulary=vocabulary)
+    own = [loaded.get(index, base) for index in range(len(request.models))]
     permutations = [
-        _permutation(vocabulary, _Loaded(model.name, loaded.get(index, base).tokenizer, _rows(model)), request, notes)
-        for index, model in enumerate(request.models)
+        _permutation(vocabulary, replace(entry, name=model.name, rows=_rows(model)), request, notes)
+        for entry, model in zip(own, request.models, strict=True)
     ]
     _tell_orphans(vocabulary, permutations[: request.members], request.tokens, notes)
-    vocabularies = {index: loaded.get(index, base).tokenizer.get_vocab() for index, _ in request.lookups}
     return VocabularyRecord(
         ids=np.unique(np.fromiter(vocabulary.values(), dtype="<i4")).tobytes(),
         count=len(vocabulary),
         token_ids=tuple(vocabulary[token] for token in request.tokens),
-        found_ids=tuple(vocabularies[index].get(token, -1) for index, token in request.lookups),
+        found_ids=tuple(own[index].vocabulary.get(token, -1) for index, token in request.lookups),
         permutations=tuple(permutation.astype("<i4").tobytes() for permutation in permutations),
         files=_saved(tokenizer),
         notes=tuple(notes),
@@ -87,7 +92,10 @@ def build(request: Request) -> VocabularyRecord:
 
 def _in_order(vocabulary: Mapping[str, int]) -> Tokens:
     """Return ``vocabulary`` in the order of its ids; transformers gives it in the order of a hash table."""
-    return dict(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
+    items = sorted(vocabulary.items(), key=itemgetter(1))
+    if len(set(vocabulary.values())) < len(items):
+        items.sort(key=lambda item: (item[1], item[0]))
+    return dict(items)
 
 
 def _load(model: SourceModel) -> _Loaded:
@@ -102,7 +110,7 @@ def _load(model: SourceModel) -> _Loaded:
             f"{model.name}: its tokenizer cannot be loaded by transformers ({reason}); repair it, or remove "
             "'tokenizer' from the recipe to keep the tokenizer of the base"
         ) from error
-    return _Loaded(model.name, tokenizer, _rows(model))
+    return _Loaded(model.name, tokenizer, _in_order(tokenizer.get_vocab()), _rows(model))
 
 
 def _rows(model: SourceModel) -> int | None:
@@ -110,8 +118,11 @@ def _rows(model: SourceModel) -> int | None:
     path = Path(model.directory) / CONFIG
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for section in (content.get("text_config"), content):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    for section in (content.get("text_config"), content) if isinstance(content, dict) else ():
         rows = section.get("vocab_size") if isinstance(section, dict) else None
         if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
             return rows
@@ -133,9 +144,8 @@ def _load_stripped(model: SourceModel) -> _Loaded:
             "another base_model"
         )
     base = _load(model)
-    vocabulary = base.vocabulary()
-    rows = len(vocabulary) if base.rows is None else base.rows
-    unused = {token for token, number in vocabulary.items() if number >= rows}
+    rows = base.height
+    unused = {token for token, number in base.vocabulary.items() if number >= rows}
     if not unused:
         return base
     backend: Any = getattr(base.tokenizer, "backend_tokenizer", None)
@@ -148,7 +158,7 @@ def _load_stripped(model: SourceModel) -> _Loaded:
         )
     _strip(content, unused, rows)
     base.tokenizer._tokenizer = type(backend).from_str(json.dumps(content))
-    return base
+    return replace(base, vocabulary=_in_order(base.tokenizer.get_vocab()))
 
 
 def _strip(content: dict[str, Any], unused: set[str], rows: int) -> None:
@@ -172,8 +182,7 @@ def _union(base: _Loaded, loaded: Sequence[_Loaded], notes: list[str]) -> Any:
     tokens: dict[str, None] = {}
     contested: set[str] = set()
     for entry in loaded:
-        vocabulary = entry.vocabulary()
-        rows = len(vocabulary) if entry.rows is None else entry.rows
+        vocabulary, rows = entry.vocabulary, entry.height
         beyond = [token for token, number in vocabulary.items() if number >= rows]
         if beyond:
             notes.append(
@@ -193,17 +202,16 @@ def _union(base: _Loaded, loaded: Sequence[_Loaded], notes: list[str]) -> Any:
         # A copy, since the base's own vocabulary is still needed as it is.
         base.tokenizer.save_pretrained(directory, legacy_format=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, use_fast=True)
-    present = base.tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in tokens if token not in added and token not in present])
+    missing = (token for token in tokens if token not in base.vocabulary)
+    tokenizer.add_tokens([token for token in missing if token not in added])
     tokenizer.add_tokens(list(added.values()))
     return tokenizer
 
 
 def _permutation(vocabulary: Tokens, model: _Loaded, request: Request, notes: list[str]) -> NDArray[np.int64]:
     """Return for each id of the merged vocabulary the row that the token has in ``model``, or -1."""
-    own = model.tokenizer.get_vocab()
-    rows = len(own) if model.rows is None else model.rows
-    found = np.fromiter((own.get(token, -1) for token in vocabulary), dtype=np.int64, count=len(vocabulary))
+    rows = model.height
+    found = np.fromiter(map(model.vocabulary.get, vocabulary, repeat(-1)), dtype=np.int64, count=len(vocabulary))
     beyond = found >= rows
     outside = [token for token, is_beyond in zip(vocabulary, beyond.tolist(), strict=True) if is_beyond]
     tokens = [token for token in outside if token not in request.tokens]  # the recipe says what those get

@@ -19,6 +19,7 @@ from blake3 import blake3
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import VocabularyRecord
 from mergefs.errors import CheckpointError, MergefsError, MissingDependencyError
+from mergefs.progress import Progress
 from mergefs.recipe.references import ModelReference
 from mergefs.recipe.tokenizer import OtherTokenSource, TokenizerSettings
 from mergefs.recipe.wording import quote
@@ -58,7 +59,9 @@ class TokenizerModels:
         return (*self.merged.values(), *self.others.values(), *donor)
 
 
-def merged_vocabulary(settings: TokenizerSettings, models: TokenizerModels, catalog: Catalog) -> MergedVocabulary:
+def merged_vocabulary(
+    settings: TokenizerSettings, models: TokenizerModels, catalog: Catalog, progress: Progress
+) -> MergedVocabulary:
     """Return the vocabulary that ``settings`` make of the tokenizers of ``models``.
 
     It is built once for the same files, settings and versions of libraries, and kept in ``catalog`` after that.
@@ -72,7 +75,9 @@ def merged_vocabulary(settings: TokenizerSettings, models: TokenizerModels, cata
     key = _key(request, models)
     record = catalog.vocabulary(key)
     if record is None:
+        progress.start("merging tokenizers", 0)
         record = _build(request, models)
+        progress.finish()
         catalog.keep_vocabulary(key, record)
         catalog.flush()
     return _vocabulary(record, settings, models)
@@ -82,7 +87,7 @@ def _request(settings: TokenizerSettings, models: TokenizerModels) -> Request:
     """Return what to build; the directories are named after the order of ``models.all()``."""
     order = list(models.references)
     sources = [
-        SourceModel(tokenizer.name, str(index), tokenizer.exists) for index, tokenizer in enumerate(models.all())
+        SourceModel(tokenizer.name, _directory(index), tokenizer.exists) for index, tokenizer in enumerate(models.all())
     ]
     return Request(
         models=tuple(sources[: len(order)]),
@@ -93,6 +98,11 @@ def _request(settings: TokenizerSettings, models: TokenizerModels) -> Request:
         tokens=tuple(setting.token for setting in settings.tokens),
         lookups=tuple((order.index(source.model), source.token or "") for source in _lookups(settings)),
     )
+
+
+def _directory(index: int) -> str:
+    """Return the name of a model's directory; it must not occur in messages of libraries by chance."""
+    return f"mergefs-model-{index}"
 
 
 def _lookups(settings: TokenizerSettings) -> list[OtherTokenSource]:
@@ -130,7 +140,7 @@ def _build(request: Request, models: TokenizerModels) -> VocabularyRecord:
     with tempfile.TemporaryDirectory(prefix="mergefs-tokenizer-") as name:
         directory = Path(name)
         for index, tokenizer in enumerate(models.all()):
-            place_files(directory / str(index), tokenizer.files)
+            place_files(directory / _directory(index), tokenizer.files)
         (directory / REQUEST).write_bytes(msgspec.msgpack.encode(request))
         last_words = run_builder(directory)
         if (directory / REFUSAL).is_file():
