@@ -34,6 +34,7 @@ from mergefs.kernels.fused import low_rank as fused
 from mergefs.kernels.low_rank import Product, add_product, with_lengths
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.gathered import RowTable, gather_rows
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.place import Place, Role
 from mergefs.sources.reader import SourceReader
@@ -240,6 +241,23 @@ def test_whatever_an_adapter_holds_it_is_computed_or_refused_in_a_sentence(
         assert "\n" not in str(error)
     else:
         assert read_all(places).keys() >= set(load_model(model))
+
+
+# Rows of a merged vocabulary
+
+
+def test_rows_are_gathered_from_computed_embeddings_as_from_stored_ones(adapted: dict[str, Example]) -> None:
+    example = adapted["an embedding of several blocks"]
+    rows = np.array([19999, 0, 3, 4, 5, 8191, 8192, 3], dtype=np.int64)
+    table = RowTable(np.zeros(rows.size, dtype=np.int16), rows, np.empty((0, 1), dtype=np.int64))
+    gathered = gather_rows([example.place], table, example.place.dtype)
+    ledger = Ledger()
+    reader = SourceReader(ledger)
+    got = gathered.read(reader, 0, gathered.elements, Purpose.EXPERT)
+    reader.close()
+    assert np.array_equal(got.reshape(rows.size, -1), example.whole.reshape(20000, -1)[rows])
+    assert ledger.totals().expert_bytes_read <= gathered.total_bytes_read(Role.EXPERT)
+    assert not gathered.divisible
 
 
 # Accounts

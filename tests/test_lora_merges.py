@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora import Pair, llama, merged_by_mergekit, train, write_adapter
+from lora import Pair, llama, train, write_adapter
 from mounting import environment, mounted_recipes, run_mergefs
 from oracle import mergekit_merge, nothing_left_to_chance
 from recipes import write_document
@@ -121,25 +121,6 @@ def test_slices_of_adapted_models_equal_mergekit(tmp_path: Path) -> None:
     slices = [{"sources": [{"model": model, "layer_range": layers}]} for model, layers in ranges]
     document = {"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"}
     assert differing(merge_by_mergefs(tmp_path, document), theirs(document, tmp_path / "cache")) == {}
-
-
-def test_adapted_embeddings_take_part_in_a_merged_vocabulary(bf16: Experts, tmp_path: Path) -> None:
-    """Rows are gathered from embeddings that are computed themselves, as from those that lie in files."""
-    other, folded = (shutil.copytree(bf16.base, tmp_path / name) for name in ("other", "folded"))
-    for model in (other, folded):
-        document = json.loads((model / "tokenizer.json").read_text())
-        words = document["model"]["vocab"]
-        document["model"]["vocab"] = {f"other-{word}" if n > 90 else word: n for word, n in words.items()}
-        (model / "tokenizer.json").write_text(json.dumps(document))
-    pair = Pair(other, bf16.adapters[1])
-    save_file(merged_by_mergekit(pair)[0], folded / "model.safetensors", metadata={"format": "pt"})
-    merged = []
-    for model in (pair.text, str(folded)):
-        recipe = bf16.document("linear", *WEIGHT[:2]) | {"tokenizer_source": "union"}
-        recipe["models"][0]["model"] = model
-        merged.append(merge_by_mergefs(tmp_path, recipe))
-    assert merged[0]["model.embed_tokens.weight"].shape[0] > 96
-    assert differing(*merged) == {}
 
 
 # Ways to name an adapter
