@@ -20,7 +20,8 @@ from tensors import Tensors, load_model
 from torch import nn
 
 from mergefs.checkpoint.adapter import open_adapter
-from mergefs.checkpoint.adapter_fit import Outline, fit_adapter
+from mergefs.checkpoint.adapter_fit import fit_adapter
+from mergefs.checkpoint.adapter_names import Outline
 from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.sources.adapted import adapted_tensors
 from mergefs.sources.ledger import Ledger, Purpose

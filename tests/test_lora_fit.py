@@ -9,7 +9,8 @@ import torch
 from lora import write_adapter
 
 from mergefs.checkpoint.adapter import open_adapter
-from mergefs.checkpoint.adapter_fit import Fit, LowRank, Outline, SavedTensor, fit_adapter
+from mergefs.checkpoint.adapter_fit import Fit, LowRank, SavedTensor, fit_adapter
+from mergefs.checkpoint.adapter_names import Outline
 from mergefs.errors import CheckpointError, UnsupportedCheckpointError
 
 LAYER = "model.layers.0"

@@ -6,19 +6,17 @@ Everything in the adapter must find its place; what PEFT passes over in silence 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, Final
+from typing import Final
 
 from mergefs.checkpoint.adapter import Adapter, Factors
+from mergefs.checkpoint.adapter_names import OUTPUT_EMBEDDINGS, Outline, Spelling, find_spelling, find_tensor
 from mergefs.checkpoint.checkpoint import TensorSource
 from mergefs.errors import CheckpointError, UnsupportedCheckpointError
 
 Shape = tuple[int, ...]
-
-_INPUT_EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_OUTPUT_EMBEDDINGS: Final = ("lm_head.weight", "embed_out.weight")
 
 # Models whose projections are Conv1D of transformers, which holds a weight as (inputs, outputs).
 _TRANSPOSED_LINEAR: Final = frozenset({"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
@@ -27,9 +25,9 @@ _TRANSPOSED_EXPERTS: Final = frozenset({"aria", "aria_text", "gpt_oss", "openai_
 # The order in which transformers registers the parameters of experts, and PEFT wraps them from the inside out.
 _PARAMETER_ORDER: Final = ("gate_proj", "gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj", "down_proj_bias")
 
-_EXPERT: Final = re.compile(r"\.experts\.[0-9]+\.")
+_MOST_PERMUTED: Final = 5
 
-_Spelling = Callable[[str], str]
+_EXPERT: Final = re.compile(r"\.experts\.[0-9]+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,31 +98,6 @@ Change = LowRank | AddedVector | SavedTensor | SavedRows
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
-    """What of a model decides where an adapter belongs: the shapes of its tensors, by name, and its config.json.
-
-    ``name`` is what messages call it.
-    """
-
-    name: str
-    shapes: Mapping[str, Shape]
-    config: Mapping[str, Any]
-    ties_embeddings: bool
-
-    @property
-    def model_type(self) -> str:
-        """The architecture, of the text model where there are several."""
-        text = self.config.get("text_config")
-        found = text.get("model_type") if isinstance(text, Mapping) else None
-        return str(found or self.config.get("model_type") or "")
-
-    @property
-    def input_embedding(self) -> str | None:
-        """The tensor that output embeddings are tied to."""
-        return next((name for name in self.shapes if name.endswith(_INPUT_EMBEDDINGS)), None)
-
-
-@dataclass(frozen=True, slots=True)
 class Fit:
     """What an adapter does to the tensors of a model: ``changes``, in order, by name.
 
@@ -142,91 +115,7 @@ def fit_adapter(adapter: Adapter, model: Outline) -> Fit:
     Raises CheckpointError naming the module where something of the adapter has no place in the model or another
     shape, UnsupportedCheckpointError for what cannot be computed row by row.
     """
-    return _Fitter(adapter, model, _spelling(adapter, model)).fit()
-
-
-def _spelling(adapter: Adapter, model: Outline) -> _Spelling:
-    """Return how the names of the adapter's modules are spelled in the files of ``model``, the same way for all.
-
-    An adapter is named after the modules of a loaded model. Files may lack the name of the model inside of the model
-    with a head (GPT-2), and those with images call their parts otherwise than transformers does since version 4.52.
-    """
-    wanted = _wanted_tensors(adapter)
-    best: tuple[int, Sequence[str]] | None = None
-    for spelling in _SPELLINGS:
-        missing = [name for name, choices in wanted if not any(_find(spelling(c), model) for c in choices)]
-        if not missing:
-            return spelling
-        if best is None or len(missing) < best[0]:
-            best = (len(missing), missing)
-    count, names = best or (0, [])
-    if any(name.startswith(f"{spelling(names[0])}.0.") for spelling in _SPELLINGS for name in model.shapes):
-        raise UnsupportedCheckpointError(
-            f"{adapter.path} changes the experts of module {names[0]!r} as one tensor, but {model.name} holds each of "
-            "them apart, where the factors lie scattered; fold the adapter into its model with PEFT's "
-            "merge_and_unload() and save_pretrained(), and name the result"
-        )
-    if count == len(wanted):
-        raise CheckpointError(
-            f"{adapter.path} fits no tensor of {model.name}: it changes module {names[0]!r}, for one, and the model "
-            "has no weights of that name; apply it to the model that it was trained on"
-        )
-    raise CheckpointError(
-        f"{adapter.path} fits {model.name} only in part: the model has no weights for module {names[0]!r}"
-        f"{f' and {count - 1} more' if count > 1 else ''}; apply the adapter to the model that it was trained on"
-    )
-
-
-def _wanted_tensors(adapter: Adapter) -> list[tuple[str, tuple[str, ...]]]:
-    """Return, for everything that the adapter holds, a name for messages and the tensors that it may stand for."""
-    parameters = [name.rpartition(".")[2] for name in adapter.config.target_parameters]
-    wanted = [
-        (f.module, (f"{f.module}.weight", *(f"{f.module}.{parameter}" for parameter in parameters)))
-        for f in adapter.factors
-    ]
-    wanted += [(name, (name,)) for name in adapter.saved]
-    wanted += [(module, (f"{module}.weight",)) for module in adapter.tokens]
-    return wanted
-
-
-def _find(name: str, model: Outline) -> str | None:
-    """Return the tensor ``name`` of the model, or what it is tied to."""
-    if name in model.shapes:
-        return name
-    if model.ties_embeddings and name.endswith(_OUTPUT_EMBEDDINGS):
-        return model.input_embedding
-    return None
-
-
-def _renamed(*prefixes: tuple[str, str]) -> _Spelling:
-    """Return the spelling that replaces the first of ``prefixes`` that a name has."""
-
-    def spell(name: str) -> str:
-        return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
-
-    return spell
-
-
-_SPELLINGS: Final[tuple[_Spelling, ...]] = (
-    lambda name: name,
-    _renamed(*((f"{prefix}.", "") for prefix in ("transformer", "model", "gpt_neox"))),
-    _renamed(
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("lm_head.", "language_model.lm_head."),
-    ),
-    _renamed(("model.language_model.", "model."), ("model.visual.", "visual.")),
-    _renamed(
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.", "model.vision_tower."),
-        ("multi_modal_projector.", "model.multi_modal_projector."),
-    ),
-    _renamed(("visual.", "model.visual."), ("model.", "model.language_model.")),
-    _renamed(("lm_head.", "embed_out.")),  # GPT-NeoX
-    lambda name: name.replace(".mlp.", ".block_sparse_moe."),  # Mixtral
-)
+    return _Fitter(adapter, model, find_spelling(adapter, model)).fit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +124,7 @@ class _Fitter:
 
     adapter: Adapter
     model: Outline
-    spell: _Spelling
+    spell: Spelling
 
     def fit(self) -> Fit:
         """Return all changes, for each tensor in the order in which PEFT makes them."""
@@ -259,7 +148,7 @@ class _Fitter:
     def _target(self, name: str, untied: str | None) -> str:
         """Return the tensor of the model, or the one that untying gives it, that the adapter calls ``name``."""
         spelled = self.spell(name)
-        found = spelled if spelled == untied else _find(spelled, self.model)
+        found = spelled if spelled == untied else find_tensor(spelled, self.model)
         if found is None:
             raise CheckpointError(
                 f"{self.adapter.path} changes {name!r}, which {self.model.name} has no tensor for; apply the adapter "
@@ -278,7 +167,7 @@ class _Fitter:
         """
         if not self.model.ties_embeddings or self.adapter.config.keeps_ties or self.model.input_embedding is None:
             return None
-        outputs = [name for name in self.adapter.saved if name.endswith(_OUTPUT_EMBEDDINGS)]
+        outputs = [name for name in self.adapter.saved if name.endswith(OUTPUT_EMBEDDINGS)]
         for name in self.adapter.saved:
             is_embedding = self.spell(name) == self.model.input_embedding or name in outputs
             if is_embedding and self.adapter.config.is_saved(name.rpartition(".")[0]):
@@ -441,7 +330,7 @@ class _Fitter:
         """Return what nested factors do to the parameters of one module, the innermost of them to the first."""
         inside_out = sorted(nested, key=lambda factors: -factors.depth)
         fitting: list[list[tuple[str, Change]]] = []
-        for order in permutations(parameters) if len(parameters) == len(inside_out) else ():
+        for order in _orders(parameters) if len(parameters) == len(inside_out) else ():
             made = [self._stacked(factors, target) for factors, target in zip(inside_out, order, strict=True)]
             if all(change is not None for change in made):
                 fitting.append([(t, change) for t, change in zip(order, made, strict=True) if change is not None])
@@ -451,7 +340,6 @@ class _Fitter:
                 f"{', '.join(repr(name) for name in parameters)} in {self.model.name}; apply the adapter to the model "
                 "that it was trained on"
             )
-        # Permutations come in the order of what they permute: the first is the order in which PEFT wraps parameters.
         return fitting[0]
 
     def _stacked(self, factors: Factors, target: str) -> LowRank | None:
@@ -470,3 +358,8 @@ class _Fitter:
         return LowRank(
             factors.a, factors.b, stack, a[0] // stack, inputs_first, self.adapter.config.scaling_of(name), True
         )
+
+
+def _orders(parameters: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """Yield the orders in which parameters may have been wrapped, the usual one first, and for many only that."""
+    return permutations(parameters) if len(parameters) <= _MOST_PERMUTED else (tuple(parameters),)

@@ -7,7 +7,8 @@ from blake3 import blake3
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.adapter import Adapter
-from mergefs.checkpoint.adapter_fit import Fit, Outline, fit_adapter
+from mergefs.checkpoint.adapter_fit import Fit, fit_adapter
+from mergefs.checkpoint.adapter_names import Outline
 from mergefs.errors import CheckpointError
 from mergefs.planner.plan import InputModel
 from mergefs.sources.adapted import adapted_tensors
