@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lora import train
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -20,7 +21,7 @@ from oracle import nothing_left_to_chance
 from recipes import write_document
 from tensors import Tensors, differing, load_model, unit_in_the_last_place
 from tokenizers import AddedToken
-from tokenizers_models import trained, write_whole_model
+from tokenizers_models import trained, word_level, write_whole_model
 from tokenizers_oracle import exact_padding, orders_fixed
 from tokenizers_recipes import quick_builder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -377,6 +378,21 @@ def test_what_is_said_of_the_tokenizer_is_part_of_the_plans_identity(tmp_path: P
     assert len(ids) == len(entries)
 
 
+def test_ids_in_config_that_mean_other_tokens_now_are_told(tmp_path: Path, families: Any) -> None:
+    donor, other = tmp_path / "donor", tmp_path / "other"
+    for directory, words in ((donor, ["a", "b", "c"]), (other, ["c", "a"])):
+        write_whole_model(directory, word_level(words))
+    config = json.loads((donor / "config.json").read_text())
+    ids = {"eos_token_id": [2, 3], "pad_token_id": 4, "image_token_index": 5, "bos_token_id": 1, "sep_token_id": -1}
+    (donor / "config.json").write_text(json.dumps(config | ids))
+    plan = plan_of(linear([donor, other], tokenizer_source=str(other)), tmp_path / "plan")
+    assert plan.notes == (
+        f"config.json of {donor} names tokens by ids that they do not have in the merged vocabulary (eos_token_id 3 is "
+        "4 now, pad_token_id 4 is gone, image_token_index 5 is 3 now); correct them in the merged model",
+    )
+    assert plan_of(linear([donor, other], tokenizer_source="union"), tmp_path / "plan").notes == ()
+
+
 def test_tokens_come_from_models_of_the_recipe(tmp_path: Path, families: Any) -> None:
     family = families(F32)
     tokenizer = {"source": "union", "tokens": {"<new>": {"source": str(family.code)}}}
@@ -403,6 +419,28 @@ def test_a_merge_of_merges_merges_their_tokenizers(tmp_path: Path, families: Any
     assert differing(load_model(tmp_path / "both"), load_model(whole)) == {}
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
         assert (tmp_path / "both" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens", "lm_head"], ["v_proj"]], ids=["embeddings", "others"])
+def test_rows_of_adapted_models_are_gathered_as_mergekit_does(
+    tmp_path: Path, families: Any, targets: list[str]
+) -> None:
+    family = families(F32)
+    train(family.code, tmp_path / "adapter", r=4, target_modules=targets)
+    reference = f"{family.code}+{tmp_path / 'adapter'}"
+    document = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(family.fox), "parameters": {"weight": 0.6}},
+            {"model": reference, "parameters": {"weight": 0.3}},
+        ],
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
+    }
+    with exact_padding():
+        theirs = merge_by_mergekit(document, tmp_path / "theirs", lora_merge_cache=str(tmp_path / "cache"))
+    ours = merge_by_us(document, tmp_path / "ours")
+    assert differing(load_model(ours), load_model(theirs)) == {}
+    assert vocabulary(ours) == vocabulary(theirs)
 
 
 def _settings(document: Mapping[str, Any]) -> dict[str, Any]:

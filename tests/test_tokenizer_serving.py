@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounting import mounted_recipes, run_mergefs
@@ -186,6 +187,22 @@ def tokens_of(model: MergedModel) -> dict[str, int]:
     content = json.loads(model.read_file("tokenizer.json"))
     tokens: dict[str, int] = content["model"]["vocab"]
     return tokens | {entry["content"]: entry["id"] for entry in content["added_tokens"]}
+
+
+@pytest.mark.parametrize("budget", ["40%", "80%"])
+def test_a_budget_is_kept_where_an_expert_is_itself_a_merge_of_vocabularies(
+    served: Served, tmp_path: Path, budget: str
+) -> None:
+    """Rows of the inner merge cost whole blocks of it, and so are bought together or not at all."""
+    inner = {"name": "inner", **linear(served)}
+    outer = task_arithmetic(served) | {"models": [{"model": "inner", "parameters": {"weight": 0.5}}]}
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(yaml.safe_dump_all([inner, outer]))
+    with mergefs.open(recipe, budget=budget, catalog=tmp_path / "catalog") as model:
+        outcome = model.plan.outcome
+        assert outcome.expert_bytes_planned <= outcome.expert_bytes_total * int(budget[:-1]) // 100
+        read_all(model)
+        assert 0 < model.bytes_read["expert_bytes_read"] <= outcome.expert_bytes_planned
 
 
 def test_the_mean_that_padding_gets_is_gathered_once_and_kept(served: Served, tmp_path: Path) -> None:

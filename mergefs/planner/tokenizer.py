@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Final
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.auxiliary import find_auxiliary_files
@@ -19,6 +22,9 @@ from mergefs.tokenizer.files import CONFIG, ModelTokenizer, is_tokenizer_file
 from mergefs.tokenizer.files import FileContent as TokenizerFile
 from mergefs.tokenizer.service import TokenizerModels, merged_vocabulary
 from mergefs.tokenizer.vocabulary import MergedVocabulary
+
+_TOKEN_IDS: Final = ("_token_id", "_token_index")
+"""What keys of config.json end with whose values are ids of tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +67,7 @@ def plan_tokenizer(
             vocabulary.files
         )
         notes += vocabulary.notes
+        notes += _moved_tokens(donor, vocabulary.permutations[taking_part.base])
         hasher.update(vocabulary.digest().encode())
     if recipe.chat_template is not None:
         changes = _with_chat_template(recipe.chat_template, files, donor, taking_part, notes)
@@ -71,6 +78,30 @@ def plan_tokenizer(
                 files[name] = content
                 hasher.update(f"{len(content)}".encode() + content)
     return TokenizerPlan(vocabulary, MappingProxyType(files), hasher.hexdigest(length=16), tuple(notes))
+
+
+def _moved_tokens(donor: InputModel, permutation: NDArray[np.int64]) -> list[str]:
+    """Return a note where config.json names tokens by ids that they do not have in the merged vocabulary.
+
+    ``permutation`` gives the donor's id of the token that has an id there.
+    """
+    text = donor.config.get("text_config")
+    moved: list[str] = []
+    for section in (donor.config, text if isinstance(text, Mapping) else {}):
+        for key, value in section.items():
+            numbers = value if isinstance(value, list) else [value]
+            if not key.endswith(_TOKEN_IDS) or not all(type(number) is int for number in numbers):
+                continue
+            for number in numbers:
+                now = np.flatnonzero(permutation == number)
+                if number >= 0 and number not in now.tolist():  # -1 is for none
+                    moved.append(f"{key} {number} {f'is {now[0]} now' if now.size else 'is gone'}")
+    if not moved:
+        return []
+    return [
+        f"config.json of {donor.title} names tokens by ids that they do not have in the merged vocabulary "
+        f"({', '.join(dict.fromkeys(moved))}); correct them in the merged model"
+    ]
 
 
 def _with_chat_template(

@@ -6,7 +6,7 @@ A row is an entry of the first dimension, whatever its shape: one number of a bi
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -123,8 +123,9 @@ class GatheredRows(Place):
         return b"gathered " + self.dtype.name.encode() + b" " + self._digest
 
     def describe(self) -> str:
-        """Name what rows are gathered from."""
-        return f"rows gathered from {', '.join(part.describe() for part in self.parts)}"
+        """Name the first part that rows are gathered from, and how many more there are."""
+        more = len(self.parts) - 1
+        return f"rows gathered from {self.parts[0].describe()}{f' and {more} others' if more else ''}"
 
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
         """Read the rows that hold the elements."""
@@ -200,12 +201,9 @@ class GatheredRows(Place):
             return total
         costs = [part.bytes_read(BlockGrid(part.elements, size), role) for part in self.parts]
         wanted, part, row = self.table.reads(0, self.table.size)
-        first_block, last_block = wanted * size // grid.step, ((wanted + 1) * size - 1) // grid.step
-        repeats = last_block - first_block + 1
-        within = np.arange(int(repeats.sum())) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        block = np.repeat(first_block, repeats) + within
+        entry, block = _blocks_of_rows(wanted, size, grid)
         height = max(part.shape[0] for part in self.parts)
-        key = (block * len(self.parts) + np.repeat(part, repeats)) * height + np.repeat(row, repeats)
+        key = (block * len(self.parts) + part[entry]) * height + row[entry]
         distinct = np.unique(key)
         block, part, row = (
             distinct // height // len(self.parts),
@@ -222,11 +220,25 @@ class GatheredRows(Place):
 class GatheredComputedRows(GatheredRows):
     """Rows of parts that are computed themselves: what a single row of them costs depends on the rows beside it."""
 
-    divisible: ClassVar[bool] = False
+    @property
+    def divisible(self) -> bool:
+        """All of it is bought or nothing."""
+        return False
 
     def total_bytes_read(self, role: Role) -> int:
-        """All of every part."""
-        return sum(part.total_bytes_read(role) for part in self.parts)
+        """The blocks of the parts that rows lie in, and all of a part that is bought whole."""
+        _, part, row = self.table.reads(0, self.table.size)
+        return sum(
+            self._bytes_of_blocks(place, np.unique(row[part == index]), role) for index, place in enumerate(self.parts)
+        )
+
+    def _bytes_of_blocks(self, place: Place, rows: NDArray[np.int64], role: Role) -> int:
+        """Return the bytes of the blocks of ``place`` that hold ``rows``."""
+        if not place.divisible:
+            return place.total_bytes_read(role)
+        grid = BlockGrid.of(place.shape)
+        _, blocks = _blocks_of_rows(rows, self._row_size, grid)
+        return int(place.bytes_read(grid, role)[np.unique(blocks)].sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -360,6 +372,15 @@ def _costs_by_rows(place: Place) -> bool:
     if isinstance(place, GatheredRows | FirstRows):
         return all(map(_costs_by_rows, place.parts))
     return isinstance(place, StoredTensor | MeanRow)
+
+
+def _blocks_of_rows(rows: NDArray[np.int64], size: int, grid: BlockGrid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the blocks that ``rows`` of ``size`` elements lie in or reach into, as pairs: index into rows, block."""
+    first, last = rows * size // grid.step, ((rows + 1) * size - 1) // grid.step
+    counts = last - first + 1
+    entry = np.repeat(np.arange(rows.size), counts)
+    within = np.arange(entry.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    return entry, first[entry] + within
 
 
 def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
