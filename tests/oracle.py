@@ -186,13 +186,16 @@ def our_random_masks(seed: int = 0, exact_ratio: bool = False) -> Iterator[None]
 
 @dataclass
 class _ExactAngles:
-    """Puts the angle into slerp that float64 sums give. Where the two are parallel, slerp asks for no angle."""
+    """Puts the angle into slerp that a float64 inner product gives, with mergekit's own norms.
+
+    Where the two are parallel, slerp asks for no angle.
+    """
 
     cosines: list[float] = field(default_factory=list)
 
     def slerp(self, t: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Stand in for ``slerp``, and take the cosines of its pairs."""
-        self.cosines = [cosine(a, b) for a, b in zip(first, second, strict=True)]
+        self.cosines = [_cosine_with_their_norms(a, b) for a, b in zip(first, second, strict=True)]
         merged: torch.Tensor = _SLERP(t, first, second)
         return merged
 
@@ -211,16 +214,20 @@ def _rounded(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torc
     return lambda values: function(values.double()).to(values.dtype)
 
 
-def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return the cosine of the angle between two tensors, taken in float64."""
-    a, b = first.double().flatten(), second.double().flatten()
-    norms = [math.sqrt(float((x * x).sum())) for x in (a, b)]
-    return float((a * b).sum()) / math.prod(norm if norm > 1e-8 else 1.0 for norm in norms)
+def _cosine_with_their_norms(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the cosine from a float64 inner product and the float32 norms of norms of chunks that mergekit takes."""
+    pair = [values.flatten().to(torch.promote_types(values.dtype, torch.float32)) for values in (first, second)]
+    norms = []
+    for values in pair:
+        parts = [torch.linalg.vector_norm(part) for part in values.split(slerp._CHUNK_ELEMENTS)]
+        norms.append(torch.linalg.vector_norm(torch.stack(parts)).item())
+    length = math.prod(norm if norm > 1e-8 else 1.0 for norm in norms)
+    return float((pair[0].double() * pair[1].double()).sum()) / length
 
 
 @contextlib.contextmanager
 def exact_angles() -> Iterator[None]:
-    """Let mergekit's slerp use the angle that float64 sums give, instead of float32 sums in an order of torch's own.
+    """Let mergekit's slerp use a float64 inner product instead of a float32 sum in an order that threads decide on.
 
     Its sines are rounded from float64, too: torch's own depend on the CPU in their last bit.
     """
@@ -235,7 +242,16 @@ def exact_angles() -> Iterator[None]:
 # The angles of model_stock
 
 
-def _exact_norm(values: torch.Tensor, **options: Any) -> torch.Tensor:
+def _settled_norm(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return torch's norm where its order is settled, else an exact one, rounded.
+
+    In bfloat16 and float32 torch adds in one order on all CPUs with vectors and with any number of threads, and for
+    strided vectors in any dtype. In float16 the number of threads decides, in float64 the order makes no difference.
+    """
+    if values.dtype in (torch.bfloat16, torch.float32) or (
+        values.dtype == torch.float16 and not values.is_contiguous()
+    ):
+        return torch.norm(values, **options)
     return values.double().norm(**options).to(values.dtype)
 
 
@@ -252,9 +268,9 @@ def _exact_mean(values: torch.Tensor, **options: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Let mergekit's model_stock take norms, inner products and means in float64 and round them once."""
+    """Let mergekit's model_stock take inner products and means in float64 and round them once."""
     with (
-        _replaced(model_stock, "torch", _TorchBut(norm=_exact_norm)),
+        _replaced(model_stock, "torch", _TorchBut(norm=_settled_norm)),
         _replaced(torch.Tensor, "sum", _exact_sum),
         _replaced(torch.Tensor, "mean", _exact_mean),
     ):
@@ -275,10 +291,10 @@ def _exact_dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_directions() -> Iterator[None]:
-    """Let mergekit take norms and inner products of directions in float64 and round them once, and sines and such."""
+    """Let mergekit take inner products of directions in float64 and round them once, and sines and such."""
     functions = {name: _rounded(getattr(torch, name)) for name in ("sin", "cos", "acos", "arccos")}
-    by_norm = _TorchBut(norm=_exact_norm, sum=_exact_sum, **functions)
-    by_vector_norm = _TorchBut(dot=_exact_dot, linalg=SimpleNamespace(vector_norm=_exact_norm), **functions)
+    by_norm = _TorchBut(norm=_settled_norm, sum=_exact_sum, **functions)
+    by_vector_norm = _TorchBut(dot=_exact_dot, **functions)
     with (
         _replaced(nuslerp, "torch", by_norm),
         _replaced(multislerp, "torch", by_norm),

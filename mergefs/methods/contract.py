@@ -156,6 +156,20 @@ class ElementSums(Quantity):
 
 
 @dataclass(frozen=True, slots=True)
+class ElementNorms(Quantity):
+    """Asks for the Euclidean norms of ``count`` quantities, added up in float32 in torch's order.
+
+    Their terms are an array with a row for each of them, values of the compute dtype, or with ``widened`` of F32. With
+    ``chunk``, a multiple of 16, they are the norms of the norms of so many elements each. The answer is a ``Vector`` of
+    ``count`` norms.
+    """
+
+    count: int = field(kw_only=True)
+    widened: bool = field(kw_only=True, default=False)
+    chunk: int | None = field(kw_only=True, default=None)
+
+
+@dataclass(frozen=True, slots=True)
 class ElementThreshold(Quantity):
     """Asks for the threshold that keeps the ``keep`` largest values of a quantity of the compute dtype.
 
@@ -184,12 +198,14 @@ class RowValues(Quantity):
 
 @dataclass(frozen=True, slots=True)
 class ColumnSums(Quantity):
-    """Asks for the sums, in float64, of a quantity over all elements whose flat indices are equal modulo ``columns``.
+    """Asks for the sums of a quantity over all elements whose flat indices are equal modulo ``columns``.
 
-    The answer is a ``Vector`` of ``columns`` sums.
+    They are added up from the first to the last, in float64, or with ``single`` in float32. The answer is a ``Vector``
+    of ``columns`` sums.
     """
 
     columns: int = field(kw_only=True)
+    single: bool = field(kw_only=True, default=False)
 
 
 Statistic = (
@@ -197,6 +213,7 @@ Statistic = (
     | MagnitudeRescale
     | ElementSum
     | ElementSums
+    | ElementNorms
     | ElementThreshold
     | ElementQuantile
     | RowValues
@@ -254,7 +271,7 @@ class Answers:
             raise TypeError(f"a number was asked for and {answer!r} was answered")
         return answer
 
-    def vector(self, statistic: ElementSums | RowValues | ColumnSums) -> Vector:
+    def vector(self, statistic: ElementSums | ElementNorms | RowValues | ColumnSums) -> Vector:
         """Return the answer to a statistic that is several numbers."""
         answer = self.values[statistic]
         if not isinstance(answer, np.ndarray):

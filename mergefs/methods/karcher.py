@@ -5,7 +5,6 @@ mean with each direction, the norm of the tangent, and that of the new mean. Wha
 are computed anew from the inputs, since no statistic may keep a whole tensor.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -29,6 +28,7 @@ from mergefs.methods.contract import (
     TensorContext,
     Vector,
 )
+from mergefs.methods.norms import Norms, ask_norms, known_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +137,17 @@ def _advance(context: TensorContext, answers: Answers) -> tuple[KarcherCoefficie
     known = KarcherCoefficients(())
     if context.models == 1:
         return known, ()
-    squares = _ask(context, "squares", range(context.models), known, _squares, context.models)
-    if squares not in answers:
-        return known, (squares,)
-    known = _start(context, answers.vector(squares))
+    norms = _norms(context, "inputs", tuple(range(context.models)), known, _inputs, context.models)
+    if norms not in answers:
+        return known, (norms,)
+    known = _start(context, known_norms(answers, norms))
     if not known.models:
         return known, ()
 
-    mean = _ask(context, "squares of the first mean", known.models, known, _mean_squares, 1)
+    mean = _norms(context, "first mean", known.models, known, _mean, 1)
     if mean not in answers:
         return known, (mean,)
-    mean_norm = _norm(float(answers.vector(mean)[0]), context)
+    mean_norm = _single_norm(context, known_norms(answers, mean)[0])
     if mean_norm < context.number("tol"):
         known = replace(known, starts_with_first=True)
     else:
@@ -162,10 +162,10 @@ def _advance(context: TensorContext, answers: Answers) -> tuple[KarcherCoefficie
     return known, ()
 
 
-def _start(context: TensorContext, squares: Vector) -> KarcherCoefficients:
-    """Return what follows from the squared norms of all inputs."""
+def _start(context: TensorContext, lengths: Sequence[float]) -> KarcherCoefficients:
+    """Return what follows from the norms of all inputs."""
     single = _single(context).carrier
-    norms = [_norm(float(square), context) for square in squares]
+    norms = [_single_norm(context, length) for length in lengths]
     # NaN is not larger than anything, so an input with one has no direction; it still makes the radius NaN.
     valid = tuple(model for model, norm in enumerate(norms) if norm > context.number("tol"))
     share = 1.0 / context.models
@@ -188,7 +188,9 @@ def _step(
     tolerance = context.number("tol")
     count = len(known.models)
 
-    products = _ask(context, f"projections {number}", known.models, known, _projections, count)
+    arguments = _arguments(context)
+    terms = _of_block(known, _projections)
+    products = ElementSums(f"karcher: projections {number}", known.models, terms, arguments, count=count)
     if products not in answers:
         return None, (products,)
     pulls = _pulls(answers.vector(products), known, tolerance, precision)
@@ -197,10 +199,10 @@ def _step(
     step = Step(pulls)
 
     unfinished = replace(known, steps=(*known.steps, step))
-    tangent = _ask(context, f"squares of tangent {number}", known.models, unfinished, _tangent_squares, 1)
+    tangent = _norms(context, f"tangent {number}", known.models, unfinished, _tangent, 1)
     if tangent not in answers:
         return None, (tangent,)
-    length = _norm(float(answers.vector(tangent)[0]), context)
+    length = _single_norm(context, known_norms(answers, tangent)[0])
     if length < tolerance or length == 0:
         return None, ()
     # torch rounds a number that stands before the tensor, and one that the tensor is divided by not.
@@ -211,10 +213,10 @@ def _step(
     step = replace(step, tangent_norm=length, ahead=ahead, aside=aside)
 
     unfinished = replace(known, steps=(*known.steps, step))
-    mean = _ask(context, f"squares of mean {number}", known.models, unfinished, _mean_squares, 1)
+    mean = _norms(context, f"mean {number}", known.models, unfinished, _mean, 1)
     if mean not in answers:
         return None, (mean,)
-    mean_norm = _norm(float(answers.vector(mean)[0]), context)
+    mean_norm = _single_norm(context, known_norms(answers, mean)[0])
     return replace(step, mean_norm=mean_norm if mean_norm > tolerance else None), ()
 
 
@@ -237,9 +239,9 @@ def _single(context: TensorContext) -> Precision:
     return Precision(F64 if context.compute == F64 else F32)
 
 
-def _norm(squares: float, context: TensorContext) -> float:
-    """Return a norm from its square."""
-    return float(_single(context).scalar(math.sqrt(squares)))
+def _single_norm(context: TensorContext, norm: float) -> float:
+    """Return a norm as the float32 that it is (float64 for F64)."""
+    return float(_single(context).scalar(norm))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,30 +286,35 @@ def _walk(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precis
 _Terms: TypeAlias = Callable[[Sequence[Array], KarcherCoefficients, Precision], Sequence[Array]]
 
 
-def _ask(
-    context: TensorContext, name: str, models: Sequence[int], known: KarcherCoefficients, terms: _Terms, count: int
-) -> ElementSums:
-    """Ask for sums of ``terms``. What is known follows from the inputs, their number and the tolerance."""
-
-    def of_block(block: Block, precision: Precision) -> Array:
-        return np.stack(terms(block.inputs, known, precision))
-
-    arguments = (context.number("tol"), float(context.models))
-    return ElementSums(f"karcher: {name}", tuple(models), of_block, arguments, count=count)
+def _norms(
+    context: TensorContext, name: str, models: tuple[int, ...], known: KarcherCoefficients, terms: _Terms, count: int
+) -> Norms:
+    """Ask for the norms of ``terms``, of which torch makes float32 first."""
+    of_block, arguments = _of_block(known, terms), _arguments(context)
+    return ask_norms(context.compute, f"karcher: {name}", models, of_block, arguments, count=count, widened=True)
 
 
-def _squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    return [values.astype(np.float64) ** 2 for values in inputs]
+def _of_block(known: KarcherCoefficients, terms: _Terms) -> Callable[[Block, Precision], Array]:
+    return lambda block, precision: np.stack(terms(block.inputs, known, precision))
 
 
-def _mean_squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    return [_walk(inputs, known, precision).mean.astype(np.float64) ** 2]
+def _arguments(context: TensorContext) -> tuple[float, ...]:
+    """Return what all that is known follows from, beside the inputs."""
+    return (context.number("tol"), float(context.models))
+
+
+def _inputs(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return inputs
+
+
+def _mean(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_walk(inputs, known, precision).mean]
+
+
+def _tangent(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_walk(inputs, known, precision).tangent]
 
 
 def _projections(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
     reached = _walk(inputs, known, precision)
     return [reached.mean.astype(np.float64) * direction for direction in reached.directions]
-
-
-def _tangent_squares(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    return [_walk(inputs, known, precision).tangent.astype(np.float64) ** 2]

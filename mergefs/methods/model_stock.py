@@ -23,6 +23,7 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
 )
+from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 
 _SMALLEST_PRODUCT = 1e-6
 _SINGULAR = 1e-6
@@ -65,7 +66,7 @@ class ModelStock(Method[ModelStockCoefficients]):
         """The norms of the deltas and their products; none where each row has its own, for a kernel sees whole rows."""
         if context.shared["filter_wise"]:
             return ()
-        return (*_norms(context), *_products(context))
+        return (_norms(context), *_products(context))
 
     def coefficients(self, context: TensorContext, answers: Answers) -> ModelStockCoefficients:
         """Turn the angles of the whole tensor into a share, by the steps of rounding that torch takes."""
@@ -74,8 +75,11 @@ class ModelStock(Method[ModelStockCoefficients]):
         share: float | None = None
         if not context.shared["filter_wise"]:
             precision = Precision(context.compute)
-            sums = [[np.array([answers.number(w)]) for w in wanted] for wanted in (_norms(context), _products(context))]
-            share = float(_share(sums[0], sums[1], precision)[0])
+            norms = [
+                precision.round(np.array([norm], precision.carrier)) for norm in known_norms(answers, _norms(context))
+            ]
+            products = [np.array([answers.number(wanted)]) for wanted in _products(context)]
+            share = float(_share(norms, products, precision)[0])
         return ModelStockCoefficients(context.base, context.experts, context.row, share)
 
     def grain(self, coefficients: ModelStockCoefficients) -> int:
@@ -101,9 +105,10 @@ class ModelStock(Method[ModelStockCoefficients]):
         return tuple(0.0 if model == context.base else part for model in range(context.models))
 
 
-def _norms(context: TensorContext) -> list[ElementSum]:
-    """Ask for the squared norm of each expert's delta."""
-    return [ElementSum("delta squares", (model, context.base or 0), _squares_of_block) for model in context.experts]
+def _norms(context: TensorContext) -> Norms:
+    """Ask for the norm of each expert's delta."""
+    models = (*context.experts, context.base or 0)
+    return ask_norms(context.compute, "deltas", models, _deltas_of_block, count=len(context.experts))
 
 
 def _products(context: TensorContext) -> list[ElementSum]:
@@ -112,9 +117,9 @@ def _products(context: TensorContext) -> list[ElementSum]:
     return [ElementSum("delta products", (*pair, context.base or 0), _products_of_block) for pair in pairs]
 
 
-def _squares_of_block(block: Block, precision: Precision) -> Array:
-    delta = precision.round(block.inputs[0] - block.inputs[1]).astype(np.float64)
-    return delta * delta
+def _deltas_of_block(block: Block, precision: Precision) -> Array:
+    *experts, base = block.inputs
+    return np.stack([precision.round(expert - base) for expert in experts])
 
 
 def _products_of_block(block: Block, precision: Precision) -> Array:
@@ -125,22 +130,21 @@ def _products_of_block(block: Block, precision: Precision) -> Array:
 def _share_of_rows(base: Array, experts: Sequence[Array], row: int, precision: Precision) -> Array:
     """Return the share of each row of a block."""
     deltas = [precision.round(expert - base).reshape(-1, row) for expert in experts]
-    squares = [(delta.astype(np.float64) ** 2).sum(axis=1) for delta in deltas]
+    norms = [norms_of_rows(delta, precision) for delta in deltas]
     products = [
         precision.round(first * second).astype(np.float64).sum(axis=1) for first, second in combinations(deltas, 2)
     ]
-    return _share(squares, products, precision)
+    return _share(norms, products, precision)
 
 
-def _share(squares: Sequence[Array], products: Sequence[Array], precision: Precision) -> Array:
-    """Return how much of the mean enters, from squared norms and from inner products of each pair, in float64.
+def _share(norms: Sequence[Array], products: Sequence[Array], precision: Precision) -> Array:
+    """Return how much of the mean enters, from norms and from inner products of each pair, in float64.
 
     The share is 0 where no finite one follows from the angles.
     """
     kind = precision.carrier
-    count = len(squares)
-    norms = [precision.round(np.sqrt(square).astype(kind)) for square in squares]
-    total: Array = np.zeros(squares[0].shape, dtype=np.float64)
+    count = len(norms)
+    total: Array = np.zeros(norms[0].shape, dtype=np.float64)
     for (first, second), product in zip(combinations(norms, 2), products, strict=True):
         length = np.maximum(precision.round(first * second), precision.scalar(_SMALLEST_PRODUCT))
         cosine = np.clip(precision.round(precision.round(product.astype(kind)) / length), -1, 1)

@@ -5,7 +5,6 @@ roundings of a compute dtype they do not, so every step is taken. Each needs sum
 those before: norms, the norm of the mean, projections on it, the norm of the tangent.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -28,6 +27,7 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
 )
+from mergefs.methods.norms import Norms, ask_norms, known_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,41 +157,36 @@ def _advance(context: TensorContext, answers: Answers) -> tuple[MultislerpCoeffi
     precision = Precision(context.compute)
     least = precision.scalar(context.number("eps"))
 
-    squares = _ask(context, "squares", known, _squares, len(known.models))
-    if squares not in answers:
-        return known, (squares,)
-    norms = [_norm(float(square), precision) for square in answers.vector(squares)]
+    wanted = _norms(context, "deltas", known, _deltas, len(known.models))
+    if wanted not in answers:
+        return known, (wanted,)
+    norms = [float(precision.scalar(norm)) for norm in known_norms(answers, wanted)]
     # In F16 eps is 0: there what has no length has no direction either, where torch would divide by zero.
     lengths = [float(precision.scalar(norm + float(least))) or 1.0 for norm in norms]
     weighed = [precision.carrier(norm) * precision.carrier(w) for norm, w in zip(norms, known.weights, strict=True)]
     radius = _added([float(precision.scalar(float(one))) for one in weighed], precision)
     known = replace(known, lengths=tuple(lengths), radius=radius)
 
-    mean = _ask(context, "squares of the mean", known, _mean_squares, 1)
+    mean = _norms(context, "mean", known, _mean, 1)
     if mean not in answers:
         return known, (mean,)
-    mean_norm = _norm(float(answers.vector(mean)[0]), precision)
+    mean_norm = float(precision.scalar(known_norms(answers, mean)[0]))
     if mean_norm < least or mean_norm == 0:
         return known, ()
     known = replace(known, mean_norm=mean_norm)
 
-    products = _ask(context, "projections", known, _projections, len(known.models))
+    products = _projections_on_mean(context, known)
     if products not in answers:
         return known, (products,)
     known = replace(known, projections=tuple(float(precision.scalar(one)) for one in answers.vector(products)))
 
-    tangent = _ask(context, "squares of the tangent", known, _tangent_squares, 1)
+    tangent = _norms(context, "tangent", known, _mean_tangent, 1)
     if tangent not in answers:
         return known, (tangent,)
-    angle = precision.scalar(_norm(float(answers.vector(tangent)[0]), precision) + float(least))
+    angle = precision.scalar(float(precision.scalar(known_norms(answers, tangent)[0])) + float(least))
     ahead, across = (float(function(np.array([angle]), precision)[0]) for function in (cosine, sine))
     aside = 1.0 if angle == 0 else float(precision.scalar(float(precision.carrier(across) / angle)))
     return replace(known, ahead=ahead, aside=aside), ()
-
-
-def _norm(squares: float, precision: Precision) -> float:
-    """Return a norm, rounded, from its square."""
-    return float(precision.scalar(math.sqrt(squares)))
 
 
 def _weighed(terms: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Array:
@@ -226,8 +221,25 @@ def _tangent(mean: Array, directions: Sequence[Array], known: MultislerpCoeffici
 _Terms: TypeAlias = Callable[[Sequence[Array], MultislerpCoefficients, Precision], Sequence[Array]]
 
 
-def _ask(context: TensorContext, name: str, known: MultislerpCoefficients, terms: _Terms, count: int) -> ElementSums:
-    """Ask for sums of ``terms`` of the deltas. What is known follows from the inputs, the weights and eps."""
+def _norms(context: TensorContext, name: str, known: MultislerpCoefficients, terms: _Terms, count: int) -> Norms:
+    """Ask for the norms of ``terms``."""
+    models, of_block, arguments = _about(context, known, terms)
+    return ask_norms(context.compute, f"multislerp: {name}", models, of_block, arguments, count=count)
+
+
+def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) -> ElementSums:
+    """Ask for the inner products of the directions with the mean's."""
+    models, of_block, arguments = _about(context, known, _projections)
+    return ElementSums("multislerp: projections", models, of_block, arguments, count=len(known.models))
+
+
+def _about(
+    context: TensorContext, known: MultislerpCoefficients, terms: _Terms
+) -> tuple[tuple[int, ...], Callable[[Block, Precision], Array], tuple[float, ...]]:
+    """Return models, terms and arguments of a question about deltas.
+
+    What is known follows from the inputs, the weights and eps.
+    """
 
     def of_block(block: Block, precision: Precision) -> Array:
         inputs = block.inputs[: len(known.models)]
@@ -236,16 +248,15 @@ def _ask(context: TensorContext, name: str, known: MultislerpCoefficients, terms
         return np.stack(terms(inputs, known, precision))
 
     models = known.models if known.base is None else (*known.models, known.base)
-    arguments = (*known.weights, context.number("eps"), float(known.base is not None))
-    return ElementSums(f"multislerp: {name}", models, of_block, arguments, count=count)
+    return models, of_block, (*known.weights, context.number("eps"), float(known.base is not None))
 
 
-def _squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
-    return [delta.astype(np.float64) ** 2 for delta in deltas]
+def _deltas(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    return deltas
 
 
-def _mean_squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
-    return [_mean_direction(deltas, known, precision)[0].astype(np.float64) ** 2]
+def _mean(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+    return [_mean_direction(deltas, known, precision)[0]]
 
 
 def _projections(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
@@ -253,6 +264,6 @@ def _projections(deltas: Sequence[Array], known: MultislerpCoefficients, precisi
     return [precision.round(direction * mean) for direction in directions]
 
 
-def _tangent_squares(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
+def _mean_tangent(deltas: Sequence[Array], known: MultislerpCoefficients, precision: Precision) -> Sequence[Array]:
     mean, directions = _mean_direction(deltas, known, precision)
-    return [_tangent(mean, directions, known, precision).astype(np.float64) ** 2]
+    return [_tangent(mean, directions, known, precision)]

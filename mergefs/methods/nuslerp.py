@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import F64
 from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import arc_cosine, sine
 from mergefs.kernels.precision import Array, Precision
@@ -30,6 +31,7 @@ from mergefs.methods.contract import (
     TensorContext,
     Vector,
 )
+from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 
 Part = Literal["whole", "rows", "columns"]
 
@@ -107,8 +109,9 @@ class Nuslerp(Method[NuslerpCoefficients]):
             )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
-        """The squared norms of both inputs; none where each row has its own, for a kernel sees whole rows."""
-        return () if _part(context) == "rows" else _squares(context)
+        """The norms of both inputs; none where each row has its own, for a kernel sees whole rows."""
+        part = _part(context)
+        return () if part == "rows" else (_whole_norms(context),) if part == "whole" else _column_squares(context)
 
     def further_statistics(self, context: TensorContext, answers: Answers) -> tuple[Statistic, ...]:
         """The inner product of the two directions, whose elements are rounded as torch rounds them."""
@@ -121,7 +124,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
         """Turn the weights into a share, and the inner product into a turn."""
         share, turn = _share(context), None
         if _part(context) != "rows":
-            turn = _turn(_total(answers, _products(context, answers)), share, Precision(context.compute))
+            turn = _turn(_cosines(answers, _products(context, answers)), share, Precision(context.compute))
         return NuslerpCoefficients(context.base, _pair(context), share, context.row, turn)
 
     def grain(self, coefficients: NuslerpCoefficients) -> int:
@@ -151,7 +154,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
 
 def _part(context: TensorContext) -> Part:
     """Return which part of a tensor has an angle of its own."""
-    if context.shared["nuslerp_flatten"]:
+    if context.shared["nuslerp_flatten"] or (context.shared["nuslerp_row_wise"] and context.columns == 1):
         return "whole"
     return "columns" if context.shared["nuslerp_row_wise"] else "rows"
 
@@ -179,57 +182,82 @@ def _weighed(first: Array, second: Array, one: Any, other: Any, precision: Preci
     return precision.round(precision.round(one * first) + precision.round(other * second))
 
 
-def _deltas(block: Block, precision: Precision, count: int) -> list[Array]:
-    """Return the first ``count`` inputs of a statistic, less the base where it follows them."""
-    base = block.inputs[count] if len(block.inputs) > count else None
-    return [_delta(values, base, precision) for values in block.inputs[:count]]
+# What is summed over whole tensors, or over each column
 
 
-def _sum(
-    context: TensorContext, name: str, models: tuple[int, ...], terms: Callable[[Block, Precision], Array]
-) -> ElementSum | ColumnSums:
-    """Ask for the sum of a quantity over each part of the tensor."""
-    models = models if context.base is None else (*models, context.base)
-    name = name if context.base is None else f"{name} of deltas"
+def _models(context: TensorContext) -> tuple[int, ...]:
+    """Return the inputs that statistics look at: the two models, then the base where there is one."""
+    return _pair(context) if context.base is None else (*_pair(context), context.base)
+
+
+def _deltas(block: Block, precision: Precision) -> list[Array]:
+    """Return the two inputs of a statistic, less the base where it follows them."""
+    base = block.inputs[2] if len(block.inputs) > 2 else None
+    return [_delta(values, base, precision) for values in block.inputs[:2]]
+
+
+def _stacked_deltas(block: Block, precision: Precision) -> Array:
+    return np.stack(_deltas(block, precision))
+
+
+def _whole_norms(context: TensorContext) -> Norms:
+    """Ask for the norms of both models, or of both deltas."""
+    name = "models" if context.base is None else "deltas"
+    return ask_norms(context.compute, name, _models(context), _stacked_deltas, count=2)
+
+
+def _column_squares(context: TensorContext) -> tuple[ColumnSums, ...]:
+    """Ask for the squared norms of the columns of both, which torch adds up in float32 one row after the other."""
+    name = "squares of a model" if context.base is None else "squares of a delta"
+    base = () if context.base is None else (context.base,)
+    single = context.compute != F64
+
+    def squares(block: Block, precision: Precision) -> Array:
+        values, *base = block.inputs
+        delta = _delta(values, base[0] if base else None, precision)
+        return delta * delta
+
+    return tuple(
+        ColumnSums(name, (model, *base), squares, columns=context.columns, single=single) for model in _pair(context)
+    )
+
+
+def _lengths(context: TensorContext, answers: Answers) -> list[Array]:
+    """Return what both are divided by: one number each, or one for each column."""
+    precision = Precision(context.compute)
     if _part(context) == "whole":
-        return ElementSum(name, models, terms)
-    return ColumnSums(name, models, terms, columns=context.columns)
+        norms = [np.array([norm]) for norm in known_norms(answers, _whole_norms(context))]
+    else:
+        norms = [np.sqrt(answers.vector(squares).astype(precision.carrier)) for squares in _column_squares(context)]
+    return [_length(precision.round(norm.astype(precision.carrier)), precision) for norm in norms]
 
 
-def _total(answers: Answers, statistic: ElementSum | ColumnSums) -> Vector:
-    """Return the answer for each part."""
-    if isinstance(statistic, ElementSum):
-        return np.array([answers.number(statistic)], dtype=np.float64)
-    return answers.vector(statistic)
-
-
-def _squares(context: TensorContext) -> tuple[ElementSum | ColumnSums, ...]:
-    """Ask for the squared norms of both models."""
-    return tuple(_sum(context, "squares", (model,), _squares_of_block) for model in _pair(context))
-
-
-def _squares_of_block(block: Block, precision: Precision) -> Array:
-    (delta,) = _deltas(block, precision, 1)
-    return delta.astype(np.float64) ** 2
+def _length(norms: Array, precision: Precision) -> Array:
+    """Return what vectors are divided by, from their norms."""
+    return np.maximum(norms, precision.scalar(_SMALLEST_NORM))
 
 
 def _products(context: TensorContext, answers: Answers) -> ElementSum | ColumnSums:
-    """Ask for the inner product of the two directions."""
-    lengths = [_length(_total(answers, squares), Precision(context.compute)) for squares in _squares(context)]
+    """Ask for the inner product of the two directions, for the whole or for each column."""
+    lengths = _lengths(context, answers)
 
     def products(block: Block, precision: Precision) -> Array:
-        deltas = _deltas(block, precision, 2)
+        deltas = _deltas(block, precision)
         spread = [_of_columns(length, block.start, deltas[0].size) for length in lengths]
         first, second = (precision.round(delta / length) for delta, length in zip(deltas, spread, strict=True))
         return precision.round(first * second)
 
-    return _sum(context, "products of directions", _pair(context), products)
+    name = "products of directions" if context.base is None else "products of directions of deltas"
+    if _part(context) == "whole":
+        return ElementSum(name, _models(context), products)
+    return ColumnSums(name, _models(context), products, columns=context.columns)
 
 
-def _length(squares: Vector, precision: Precision) -> Array:
-    """Return what vectors are divided by, from their squared norms."""
-    norms = precision.round(np.sqrt(squares).astype(precision.carrier))
-    return np.maximum(norms, precision.scalar(_SMALLEST_NORM))
+def _cosines(answers: Answers, products: ElementSum | ColumnSums) -> Vector:
+    """Return the inner products: one, or one for each column."""
+    if isinstance(products, ElementSum):
+        return np.array([answers.number(products)], dtype=np.float64)
+    return answers.vector(products)
 
 
 def _turn(products: Vector, share: float, precision: Precision) -> Turn:
@@ -246,7 +274,7 @@ def _turn_of_rows(first: Array, second: Array, coefficients: NuslerpCoefficients
     """Return the turn of each element of a block of whole rows."""
     row = coefficients.row
     rows = [delta.reshape(-1, row) for delta in (first, second)]
-    lengths = [_length((delta.astype(np.float64) ** 2).sum(axis=1), precision) for delta in rows]
+    lengths = [_length(norms_of_rows(delta, precision), precision) for delta in rows]
     directions = [precision.round(delta / length[:, None]) for delta, length in zip(rows, lengths, strict=True)]
     products = precision.round(directions[0] * directions[1]).astype(np.float64).sum(axis=1)
     return _turn(products, coefficients.share, precision).of_elements(lambda parts: np.repeat(parts, row))

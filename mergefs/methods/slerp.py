@@ -21,9 +21,11 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
 )
+from mergefs.methods.norms import Norms, ask_norms, known_norms
 
 _COLINEAR = 0.9995
 _SMALLEST_NORM = 1e-8
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,12 @@ class Slerp(Method[SlerpCoefficients]):
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """Both norms and the inner product."""
-        base, other = self._pair(context)
-        return (inner_product(base, base), inner_product(other, other), inner_product(base, other))
+        return (self._norms(context), inner_product(*self._pair(context)))
+
+    def _norms(self, context: TensorContext) -> Norms:
+        """Ask for both norms, which mergekit takes of so many elements at a time."""
+        pair = self._pair(context)
+        return ask_norms(context.compute, "values", pair, _values, count=2, widened=True, chunk=_CHUNK)
 
     @staticmethod
     def _pair(context: TensorContext) -> tuple[int, int]:
@@ -67,14 +73,10 @@ class Slerp(Method[SlerpCoefficients]):
     def coefficients(self, context: TensorContext, answers: Answers) -> SlerpCoefficients:
         """Turn the angle into two factors, by the same float32 steps that torch takes (float64 for F64)."""
         base, other = self._pair(context)
-
-        def inner(first: int, second: int) -> float:
-            return answers.number(inner_product(first, second))
-
         kind = Precision(context.compute).carrier
-        norms = [math.sqrt(inner(model, model)) for model in (base, other)]
-        norms = [norm if norm > _SMALLEST_NORM else 1.0 for norm in norms]
-        cosine = kind(min(1.0, max(-1.0, inner(base, other) / norms[0] / norms[1])))
+        norms = [norm if norm > _SMALLEST_NORM else 1.0 for norm in known_norms(answers, self._norms(context))]
+        product = answers.number(inner_product(base, other))
+        cosine = kind(min(1.0, max(-1.0, product / norms[0] / norms[1])))
         t = kind(context.number("t"))
         rest = kind(1) - t
         # A NaN in the data must not fail a read: it makes every comparison false and flows into the factors.
@@ -118,6 +120,10 @@ class Slerp(Method[SlerpCoefficients]):
 def inner_product(first: int, second: int) -> ElementSum:
     """Ask for the inner product of two inputs over a whole tensor."""
     return ElementSum("inner product", (first, second), _products)
+
+
+def _values(block: Block, precision: Precision) -> Array:
+    return np.stack(block.inputs)
 
 
 def _products(block: Block, precision: Precision) -> Array:

@@ -11,12 +11,14 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from mergefs.checkpoint.dtypes import DType
+from mergefs.checkpoint.dtypes import F32, DType
+from mergefs.kernels.norms import PartialNorm, row_norms
 from mergefs.kernels.precision import Array, Precision, load
 from mergefs.methods.contract import (
     Answer,
     Block,
     ColumnSums,
+    ElementNorms,
     ElementQuantile,
     ElementSum,
     ElementSums,
@@ -31,9 +33,11 @@ from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.order import Keys, largest, ranked_keys
 
-AboutQuantity: TypeAlias = ElementSum | ElementSums | RowValues | ColumnSums | ElementThreshold | ElementQuantile
+AboutQuantity: TypeAlias = (
+    ElementSum | ElementSums | ElementNorms | RowValues | ColumnSums | ElementThreshold | ElementQuantile
+)
 
-_Streamed: TypeAlias = ElementSum | ElementSums | RowValues | ColumnSums
+_Streamed: TypeAlias = ElementSum | ElementSums | ElementNorms | RowValues | ColumnSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class TensorStream:
 
 def answer_quantities(wanted: Sequence[AboutQuantity], stream: TensorStream) -> dict[AboutQuantity, Answer]:
     """Return the answers to ``wanted``: sums and rows from one pass, order statistics from some for each quantity."""
-    gathering = {one: _gatherer(one) for one in wanted if isinstance(one, _Streamed)}
+    gathering = {one: _gatherer(one, stream.compute) for one in wanted if isinstance(one, _Streamed)}
     if gathering:
         for start, terms in stream.terms(list(gathering)):
             for gatherer, values in zip(gathering.values(), terms, strict=True):
@@ -145,6 +149,44 @@ class _Sums:
         return np.array([_total(parts) for parts in self._parts], dtype=np.float64)
 
 
+class _Norms:
+    """Carries the lanes of each norm from block to block."""
+
+    def __init__(self, statistic: ElementNorms, compute: DType) -> None:
+        self._dtype = F32 if statistic.widened else compute
+        self._chunk = statistic.chunk
+        self._filled = 0
+        self._partial = [PartialNorm.begin()] * statistic.count
+        self._finished: list[list[np.float32]] = [[] for _ in range(statistic.count)]
+
+    def add(self, start: int, terms: Array) -> None:
+        """Add a block, piece by piece where it reaches into other chunks."""
+        size, first = terms.shape[1], 0
+        while first < size:
+            last = size if self._chunk is None else min(size, first + self._chunk - self._filled)
+            pieces = [row[first:last].astype(np.float32) for row in terms]
+            self._partial = [norm.add(piece, self._dtype) for norm, piece in zip(self._partial, pieces, strict=True)]
+            self._filled += last - first
+            if self._filled == self._chunk:
+                self._finish_chunk()
+            first = last
+
+    def _finish_chunk(self) -> None:
+        for finished, norm in zip(self._finished, self._partial, strict=True):
+            finished.append(norm.finish())
+        self._partial = [PartialNorm.begin()] * len(self._partial)
+        self._filled = 0
+
+    def answer(self) -> Vector:
+        """Return the norms."""
+        if self._chunk is None:
+            return np.array([norm.finish() for norm in self._partial], dtype=np.float64)
+        if self._filled:
+            self._finish_chunk()
+        chunks = np.array(self._finished, dtype=np.float32)
+        return row_norms(chunks, F32).astype(np.float64)
+
+
 class _Rows:
     """Puts the values of the rows of all blocks one after the other."""
 
@@ -163,24 +205,25 @@ class _Rows:
 class _Columns:
     """Sums each column from its first element to its last."""
 
-    def __init__(self, columns: int) -> None:
-        self._totals: Vector = np.zeros(columns, dtype=np.float64)
+    def __init__(self, statistic: ColumnSums) -> None:
+        self._totals: Array = np.zeros(statistic.columns, dtype=np.float32 if statistic.single else np.float64)
 
     def add(self, start: int, terms: Array) -> None:
         """Add a block, which may begin and end within a step along the first dimension."""
         columns = self._totals.size
-        values = terms.astype(np.float64)
+        values = terms.astype(self._totals.dtype)
         first = start % columns
         head = min(-first % columns, values.size)
         self._totals[first : first + head] += values[:head]
         whole = values[head : values.size - (values.size - head) % columns].reshape(-1, columns)
+        # Along the first axis numpy adds one row after the other.
         self._totals = np.add.reduce(np.concatenate((self._totals[None, :], whole)), axis=0)
         tail = values[head + whole.size :]
         self._totals[: tail.size] += tail
 
     def answer(self) -> Vector:
         """Return the sums."""
-        return self._totals
+        return self._totals.astype(np.float64)
 
 
 def _total(parts: Sequence[float]) -> float:
@@ -188,10 +231,12 @@ def _total(parts: Sequence[float]) -> float:
     return math.fsum(parts) if all(map(math.isfinite, parts)) else float(np.sum(parts))
 
 
-def _gatherer(statistic: _Streamed) -> _Gatherer:
+def _gatherer(statistic: _Streamed, compute: DType) -> _Gatherer:
     """Return what gathers ``statistic``."""
+    if isinstance(statistic, ElementNorms):
+        return _Norms(statistic, compute)
     if isinstance(statistic, ElementSums):
         return _Sums(statistic.count)
     if isinstance(statistic, ColumnSums):
-        return _Columns(statistic.columns)
+        return _Columns(statistic)
     return _Rows() if isinstance(statistic, RowValues) else _Sum()

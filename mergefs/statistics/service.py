@@ -14,6 +14,7 @@ from mergefs.methods.contract import (
     Answer,
     Answers,
     ColumnSums,
+    ElementNorms,
     ElementQuantile,
     ElementSums,
     ElementThreshold,
@@ -127,7 +128,7 @@ class StatisticsService:
         if isinstance(statistic, ElementThreshold):
             limit = self._catalog.threshold(key)
             return None if limit is None else Threshold(limit.key, limit.cut)
-        if isinstance(statistic, ElementSums | RowValues | ColumnSums):
+        if isinstance(statistic, ElementSums | ElementNorms | RowValues | ColumnSums):
             vector = self._catalog.vector(key)
             return None if vector is None else np.frombuffer(vector.values, dtype="<f8").astype(np.float64)
         return self._catalog.number(key)
@@ -213,4 +214,6 @@ def _kind(statistic: AboutQuantity) -> str:
         return f"rows {statistic.row}"
     if isinstance(statistic, ElementSums):
         return f"sums {statistic.count}"
-    return f"columns {statistic.columns}" if isinstance(statistic, ColumnSums) else "sum"
+    if isinstance(statistic, ElementNorms):
+        return f"norms {statistic.count} {statistic.widened} {statistic.chunk}"
+    return f"columns {statistic.columns} {statistic.single}" if isinstance(statistic, ColumnSums) else "sum"

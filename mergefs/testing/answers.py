@@ -8,12 +8,16 @@ import math
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import F32
+from mergefs.kernels.norms import row_norms
 from mergefs.kernels.precision import Array, Precision
 from mergefs.methods.contract import (
     Answer,
     Answers,
     ColumnSums,
+    ElementNorms,
     ElementQuantile,
     ElementSum,
     ElementSums,
@@ -29,7 +33,9 @@ from mergefs.methods.contract import (
 )
 from mergefs.testing.cases import Case
 
-AboutQuantity: TypeAlias = ElementSum | ElementSums | ElementThreshold | ElementQuantile | RowValues | ColumnSums
+AboutQuantity: TypeAlias = (
+    ElementSum | ElementSums | ElementNorms | ElementThreshold | ElementQuantile | RowValues | ColumnSums
+)
 
 MOST_PASSES = 64
 _SMALLEST_SUM = 1e-7
@@ -70,12 +76,27 @@ def _about_quantity(statistic: AboutQuantity, terms: Array, precision: Precision
         return threshold(precision.order_keys(terms), statistic.keep)
     if isinstance(statistic, ElementQuantile):
         return float(np.sort(terms)[statistic.rank])
+    if isinstance(statistic, ElementNorms):
+        return _norms(statistic, terms.astype(np.float32), precision)
+    if isinstance(statistic, ColumnSums) and statistic.single:
+        added: Array = np.add.accumulate(terms.astype(np.float32).reshape(-1, statistic.columns), axis=0)
+        return added[-1].astype(np.float64) if added.size else np.zeros(statistic.columns)
     wide: Vector = terms.astype(np.float64)
     if isinstance(statistic, ElementSums | ColumnSums):
         by_sum = wide if isinstance(statistic, ElementSums) else wide.reshape(-1, statistic.columns).T
         totals: Vector = by_sum.sum(axis=1)
         return totals
     return wide if isinstance(statistic, RowValues) else float(wide.sum())
+
+
+def _norms(statistic: ElementNorms, rows: NDArray[np.float32], precision: Precision) -> Vector:
+    """Return the norms of rows, or of the norms of their chunks."""
+    dtype = F32 if statistic.widened else precision.dtype
+    if statistic.chunk is None:
+        return row_norms(rows, dtype).astype(np.float64)
+    cuts = range(statistic.chunk, rows.shape[1], statistic.chunk)
+    chunks = [row_norms(chunk, dtype) for chunk in np.split(rows, list(cuts), axis=1)]
+    return row_norms(np.stack(chunks, axis=1), F32).astype(np.float64)
 
 
 def terms_of(statistic: AboutQuantity, case: Case, start: int = 0, stop: int | None = None) -> Array:
