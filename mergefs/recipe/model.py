@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _KEYS: Final = (
-    *("merge_method", *STRUCTURE_KEYS, "base_model", "dtype", "out_dtype", "parameters", "name"),
+    *("merge_method", *STRUCTURE_KEYS, "base_model", "dtype", "out_dtype", "parameters", "name", "out_path"),
     *("tokenizer", "tokenizer_source", "chat_template"),
 )
 
@@ -131,7 +131,7 @@ def _recipe(document: TableItem, text: str, origin: str, directory: Path | None)
         text=text,
         origin=origin,
         directory=directory,
-        name=_name(document.get("name")),
+        name=_name(document),
         tokenizer=read_tokenizer(document),
         chat_template=read_chat_template(document.get("chat_template")),
     )
@@ -140,7 +140,9 @@ def _recipe(document: TableItem, text: str, origin: str, directory: Path | None)
     return recipe
 
 
-def _name(entry: Entry | None) -> str | None:
+def _name(document: TableItem) -> str | None:
+    """Return what other documents of the file call the result by: ``name``, or ``out_path`` as mergekit-mega has it."""
+    entry = document.get("name") or document.get("out_path")
     return None if entry is None else _text(entry, "a name that other documents of this file call the result by")
 
 
