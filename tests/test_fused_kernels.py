@@ -20,6 +20,7 @@ from mergefs.engine.compute import convert, run_kernel
 from mergefs.kernels.fused import FUSED_DTYPES, compilation, prepare
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Method, Threshold
+from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
 from mergefs.methods.linear import Linear, LinearCoefficients
 from mergefs.methods.registry import METHODS
 from mergefs.methods.slerp import Slerp, SlerpCoefficients
@@ -191,6 +192,46 @@ def test_any_spherical_interpolation_equals_the_reference(
     assert_equals_reference(Slerp(), coefficients, random_inputs(seed, 2, size, dtype), dtype)
 
 
+@st.composite
+def karcher_coefficients(draw: st.DrawFn, dtype: DType) -> KarcherCoefficients:
+    """Return coefficients for two to five inputs, some of which have no direction, and any number of steps."""
+    precision = Precision(dtype)
+    positive = st.floats(1e-3, 1e3).map(lambda value: float(np.float32(value)))
+
+    def rounded(value: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(precision.scalar(value))
+
+    models = tuple(sorted(draw(st.sets(st.integers(0, 4), min_size=1))))
+    number = st.floats(-2, 2).map(rounded)
+    pulls = st.lists(
+        st.builds(Pull, st.integers(0, len(models) - 1), number, number.filter(bool)),
+        max_size=len(models),
+        unique_by=lambda pull: pull.direction,
+    ).map(lambda found: tuple(sorted(found, key=lambda pull: pull.direction)))
+    whole = st.builds(Step, pulls, positive, number, number, st.none() | positive)
+    begun = st.builds(Step, pulls)
+    steps = (*draw(st.lists(whole, max_size=4)), *draw(st.lists(begun, max_size=1)))
+    starts_with_first = draw(st.booleans())
+    return KarcherCoefficients(
+        models=models,
+        norms=tuple(draw(positive) for _ in models),
+        share=draw(st.floats(0.1, 1)),
+        starts_with_first=starts_with_first,
+        mean_norm=None if starts_with_first else draw(st.none() | positive),
+        steps=steps,
+        radius=draw(positive),
+    )
+
+
+@by_dtype
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=seeds, size=st.integers(1, 3000))
+def test_any_karcher_mean_equals_the_reference(dtype: DType, data: st.DataObject, seed: int, size: int) -> None:
+    coefficients = data.draw(karcher_coefficients(dtype))
+    assert_equals_reference(Karcher(), coefficients, random_inputs(seed, 5, size, dtype), dtype)
+
+
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("factor", (1.0, 0.7, 1 / 3, 1 + 2**-9, 2.0**-9, 257.0))
 def test_every_16_bit_pattern_is_read_rounded_and_written_as_by_the_reference(dtype: DType, factor: float) -> None:
@@ -318,7 +359,14 @@ def merges_in_hexadecimal() -> str:
         experts = (ExpertCoefficients(1, KeepAll(), None, 0.5), ExpertCoefficients(2, mask, 2.0, 0.25))
         ties = TaskVectorCoefficients(0, experts, True, True, None, 0.75)
         linear = LinearCoefficients((0.1, 0.2, 0.7), 1.0)
-        for method, coefficients in ((TIES, ties), (Linear(), linear), (Slerp(), SlerpCoefficients(0, 1, 0.3, 0.6))):
+        steps = (Step((Pull(0, 0.5, 0.75), Pull(2, 0.25, 0.5)), 0.7, 0.875, 0.5, 1.1), Step((Pull(1, 0.5, 0.75),)))
+        karcher = KarcherCoefficients((0, 1, 2), (1.3, 0.9, 1.7), 1 / 3, False, 1.2, steps, 2.7)
+        for method, coefficients in (
+            (TIES, ties),
+            (Linear(), linear),
+            (Slerp(), SlerpCoefficients(0, 1, 0.3, 0.6)),
+            (Karcher(), karcher),
+        ):
             raw = run_kernel(method, coefficients, inputs, dtype, dtype, 10)
             merged.append(elements(raw, dtype).tobytes().hex())
     return " ".join(merged)
@@ -348,6 +396,7 @@ def test_every_method_names_kernels_that_there_are(name: str) -> None:
         "dare_ties",
         "breadcrumbs",
         "breadcrumbs_ties",
+        "karcher",
     }
     assert bool(METHODS[name].kernels()) == (name in fused)
 

@@ -131,13 +131,15 @@ class Quantity:
     """A number for each element of a tensor, or for each row, that follows from the same elements of some inputs.
 
     ``name`` and ``arguments`` say which number, and are what answers about it are kept under: ``terms`` must depend on
-    nothing else but a block of whole rows of the inputs ``models``, in that order.
+    nothing else but a block of whole rows of the inputs ``models``, in that order. ``fused``, where there is one, gives
+    the same bits by compiled kernels, for the compute dtypes that have them.
     """
 
     name: str
     models: tuple[int, ...]
     terms: Callable[[Block, Precision], Array] = field(compare=False, repr=False)
     arguments: tuple[float, ...] = ()
+    fused: Callable[[Block, Precision], Array] | None = field(default=None, compare=False, repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ are computed anew from the inputs, since no statistic may keep a whole tensor.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, F64
 from mergefs.kernels.elementary import arc_cosine, cosine, sine
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
@@ -22,6 +23,7 @@ from mergefs.methods.contract import (
     ElementSums,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -29,6 +31,9 @@ from mergefs.methods.contract import (
     Vector,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
+
+if TYPE_CHECKING:
+    from mergefs.kernels.fused import karcher as kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,21 @@ class Karcher(Method[KarcherCoefficients]):
         reached = _walk([block.inputs[model] for model in coefficients.models], coefficients, precision)
         return precision.round(kind(precision.scalar(coefficients.radius)) * reached.mean)
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes, for statistics too."""
+        return ("karcher",)
+
+    def fused(self, run: RawRun, coefficients: KarcherCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES or len(run.inputs) == 1 or not coefficients.models:
+            return None
+        from mergefs.kernels.fused import karcher as kernel
+
+        with np.errstate(all="ignore"):
+            radius = float(Precision(run.dtype).scalar(coefficients.radius))
+        inputs = [run.inputs[model] for model in coefficients.models]
+        return kernel.merge(run.dtype, inputs, _path(coefficients), radius)
+
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """The same for all, as in a plain mean: norms and directions of fine-tunes are alike."""
         return tuple(0.0 if model == context.base else 1.0 / context.models for model in range(context.models))
@@ -148,7 +168,7 @@ def _advance(context: TensorContext, answers: Answers) -> tuple[KarcherCoefficie
     if mean not in answers:
         return known, (mean,)
     mean_norm = _single_norm(context, known_norms(answers, mean)[0])
-    if mean_norm < context.number("tol"):
+    if mean_norm < context.number("tol") or mean_norm == 0:
         known = replace(known, starts_with_first=True)
     else:
         known = replace(known, mean_norm=mean_norm)
@@ -186,11 +206,8 @@ def _step(
     """Return one more step, or None where the iteration has ended; or what must be asked to know."""
     precision = Precision(context.compute)
     tolerance = context.number("tol")
-    count = len(known.models)
 
-    arguments = _arguments(context)
-    terms = _of_block(known, _projections)
-    products = ElementSums(f"karcher: projections {number}", known.models, terms, arguments, count=count)
+    products = _products(context, f"projections {number}", known)
     if products not in answers:
         return None, (products,)
     pulls = _pulls(answers.vector(products), known, tolerance, precision)
@@ -248,7 +265,6 @@ def _single_norm(context: TensorContext, norm: float) -> float:
 class _Reached:
     """Where the iteration stands in a run of elements; ``tangent`` is that of its last step."""
 
-    directions: list[Array]
     mean: Array
     tangent: Array
 
@@ -256,7 +272,7 @@ class _Reached:
 def _walk(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> _Reached:
     """Take all steps that are known; of one whose tangent has no norm yet, only the tangent."""
     kind = precision.carrier
-    directions = [precision.round(values / kind(norm)) for values, norm in zip(inputs, known.norms, strict=True)]
+    directions = _directions(inputs, known, precision)
     if known.starts_with_first:
         mean = directions[0]
     else:
@@ -278,24 +294,72 @@ def _walk(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precis
         mean = precision.round(ahead + aside)
         if step.mean_norm is not None:
             mean = precision.round(mean / kind(step.mean_norm))
-    return _Reached(directions, mean, tangent)
+    return _Reached(mean, tangent)
+
+
+def _directions(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> list[Array]:
+    return [precision.round(x / precision.carrier(norm)) for x, norm in zip(inputs, known.norms, strict=True)]
+
+
+def _walk_fused(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> _Reached:
+    """Do the same by the compiled kernel, in any of the dtypes that have some."""
+    from mergefs.kernels.fused import karcher as kernel
+
+    raws = [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in inputs]
+    return _Reached(*kernel.reached(precision.dtype, raws, _path(known)))
+
+
+def _path(known: KarcherCoefficients) -> "kernel.Path":
+    """Return what is known in the form that the kernel takes."""
+    from mergefs.kernels.fused import karcher as kernel
+
+    steps = np.zeros((len(known.steps), kernel.NUMBERS), dtype=np.float32)
+    pulls = np.zeros((len(known.steps), len(known.models), 2), dtype=np.float32)
+    for number, step in enumerate(known.steps):
+        steps[number] = (step.tangent_norm or 0, step.ahead, step.aside, step.mean_norm or 0)
+        for pull in step.pulls:
+            pulls[number, pull.direction] = (pull.projection, pull.strength)
+    share = 0.0 if known.starts_with_first else known.share
+    start = np.array([share, known.mean_norm or 0], dtype=np.float32)
+    return kernel.Path(np.array(known.norms, dtype=np.float32), start, steps, pulls)
 
 
 # What is summed over the whole tensor
 
-_Terms: TypeAlias = Callable[[Sequence[Array], KarcherCoefficients, Precision], Sequence[Array]]
+_Walk: TypeAlias = Callable[[Sequence[Array], KarcherCoefficients, Precision], _Reached]
+_Terms: TypeAlias = Callable[[Sequence[Array], KarcherCoefficients, Precision, _Walk], Sequence[Array]]
 
 
 def _norms(
     context: TensorContext, name: str, models: tuple[int, ...], known: KarcherCoefficients, terms: _Terms, count: int
 ) -> Norms:
     """Ask for the norms of ``terms``, of which torch makes float32 first."""
-    of_block, arguments = _of_block(known, terms), _arguments(context)
-    return ask_norms(context.compute, f"karcher: {name}", models, of_block, arguments, count=count, widened=True)
+    return ask_norms(
+        context.compute,
+        f"karcher: {name}",
+        models,
+        _of_block(known, terms, _walk),
+        _arguments(context),
+        fused=_of_block(known, terms, _walk_fused),
+        count=count,
+        widened=True,
+    )
 
 
-def _of_block(known: KarcherCoefficients, terms: _Terms) -> Callable[[Block, Precision], Array]:
-    return lambda block, precision: np.stack(terms(block.inputs, known, precision))
+def _products(context: TensorContext, name: str, known: KarcherCoefficients) -> ElementSums:
+    """Ask for the inner products of the mean with each direction."""
+    return ElementSums(
+        f"karcher: {name}",
+        known.models,
+        _of_block(known, _projections, _walk),
+        _arguments(context),
+        fused=_of_block(known, _projections, _walk_fused),
+        count=len(known.models),
+    )
+
+
+def _of_block(known: KarcherCoefficients, terms: _Terms, walk: _Walk) -> Callable[[Block, Precision], Array]:
+    return lambda block, precision: np.stack(terms(block.inputs, known, precision, walk))
 
 
 def _arguments(context: TensorContext) -> tuple[float, ...]:
@@ -303,18 +367,20 @@ def _arguments(context: TensorContext) -> tuple[float, ...]:
     return (context.number("tol"), float(context.models))
 
 
-def _inputs(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
+def _inputs(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision, walk: _Walk) -> Sequence[Array]:
     return inputs
 
 
-def _mean(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    return [_walk(inputs, known, precision).mean]
+def _mean(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision, walk: _Walk) -> Sequence[Array]:
+    return [walk(inputs, known, precision).mean]
 
 
-def _tangent(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    return [_walk(inputs, known, precision).tangent]
+def _tangent(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision, walk: _Walk) -> Sequence[Array]:
+    return [walk(inputs, known, precision).tangent]
 
 
-def _projections(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> Sequence[Array]:
-    reached = _walk(inputs, known, precision)
-    return [reached.mean.astype(np.float64) * direction for direction in reached.directions]
+def _projections(
+    inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision, walk: _Walk
+) -> Sequence[Array]:
+    mean = walk(inputs, known, precision).mean.astype(np.float64)
+    return [mean * direction for direction in _directions(inputs, known, precision)]

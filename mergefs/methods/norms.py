@@ -6,6 +6,7 @@ there the squares are added up in float64 without an error.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -25,22 +26,26 @@ def ask_norms(
     terms: Callable[[Block, Precision], Array],
     arguments: tuple[float, ...] = (),
     *,
+    fused: Callable[[Block, Precision], Array] | None = None,
     count: int,
     widened: bool = False,
     chunk: int | None = None,
 ) -> Norms:
     """Ask for the norms of the ``count`` rows of ``terms``.
 
-    With ``widened`` torch has made float32 of them; ``chunk`` is that of ``ElementNorms``.
+    ``fused`` is that of ``Quantity``, ``chunk`` that of
+    ``ElementNorms``. With ``widened`` torch has made float32 of them.
     """
     if compute in (BF16, F32) or (widened and compute == F16):
-        return ElementNorms(name, models, terms, arguments, count=count, widened=widened, chunk=chunk)
+        return ElementNorms(name, models, terms, arguments, fused=fused, count=count, widened=widened, chunk=chunk)
+    compiled = None if fused is None else partial(_squares, terms=fused)
+    squares = partial(_squares, terms=terms)
+    return ElementSums(f"squares of {name}", models, squares, arguments, fused=compiled, count=count)
 
-    def squares(block: Block, precision: Precision) -> Array:
-        values: Array = terms(block, precision).astype(np.float64) ** 2
-        return values
 
-    return ElementSums(f"squares of {name}", models, squares, arguments, count=count)
+def _squares(block: Block, precision: Precision, terms: Callable[[Block, Precision], Array]) -> Array:
+    values: Array = terms(block, precision).astype(np.float64) ** 2
+    return values
 
 
 def known_norms(answers: Answers, statistic: Norms) -> list[float]:

@@ -4,7 +4,7 @@ numpy's own sums are used and not BLAS, whose order of summation depends on the 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, DType
+from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.norms import PartialNorm, row_norms
 from mergefs.kernels.precision import Array, Precision, load
 from mergefs.methods.contract import (
@@ -63,7 +64,7 @@ class TensorStream:
                 yield (
                     start,
                     [
-                        quantity.terms(Block(tuple(values[model] for model in quantity.models), start), precision)
+                        self._way(quantity)(Block(tuple(values[model] for model in quantity.models), start), precision)
                         for quantity in quantities
                     ],
                 )
@@ -74,6 +75,10 @@ class TensorStream:
         for start, (terms,) in self.terms([quantity]):
             with np.errstate(all="ignore"):
                 yield start, precision.order_keys(terms)
+
+    def _way(self, quantity: Quantity) -> Callable[[Block, Precision], Array]:
+        """Return what computes the terms of a quantity."""
+        return quantity.terms if quantity.fused is None or self.compute not in FUSED_DTYPES else quantity.fused
 
     def _load(self, model: int, start: int, stop: int) -> Array:
         """Return the elements ``start`` to ``stop`` of one input."""
@@ -102,7 +107,7 @@ def _quantiles(wanted: Sequence[ElementQuantile], stream: TensorStream) -> dict[
     precision = Precision(stream.compute)
     groups: dict[Quantity, list[ElementQuantile]] = {}
     for one in wanted:
-        groups.setdefault(Quantity(one.name, one.models, one.terms, one.arguments), []).append(one)
+        groups.setdefault(Quantity(one.name, one.models, one.terms, one.arguments, fused=one.fused), []).append(one)
     found: dict[AboutQuantity, Answer] = {}
     for quantity, group in groups.items():
         ranks = [one.rank for one in group]

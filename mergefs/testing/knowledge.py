@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.methods.contract import Method, Quantity
 from mergefs.testing.answers import AboutQuantity, terms_of
 from mergefs.testing.cases import vary
@@ -38,6 +39,13 @@ def _check_terms(trial: Trial, statistic: AboutQuantity, choices: Choices) -> No
         np.array_equal(np.concatenate(pieces, axis=-1), whole, equal_nan=True),
         f"the terms of the quantity {statistic.name!r} are others when a block ends after element {cut}",
     )
+    if statistic.fused is not None and context.compute in FUSED_DTYPES:
+        with trial.calling(f"the compiled quantity {statistic.name!r}"), np.errstate(all="ignore"):
+            compiled = statistic.fused(trial.case.values(0, None, statistic.models), trial.case.precision)
+        trial.require(
+            np.array_equal(compiled, whole, equal_nan=True),
+            f"the compiled terms of the quantity {statistic.name!r} differ from the plain ones",
+        )
 
 
 def check_statistic_keys(method: Method[Any]) -> None:

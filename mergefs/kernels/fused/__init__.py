@@ -35,6 +35,8 @@ def prepare(
         kernel: Kernel = importlib.import_module(module if "." in module else f"{__name__}.{module}").KERNEL
         for dtype in wanted:
             kernel.compiled(dtype)
+            if kernel.for_statistics:
+                kernel.compiled(dtype, F32)
     pairs = [pair for pair in conversions if pair[0] != pair[1] and set(pair) <= set(FUSED_DTYPES)]
     if pairs:
         from mergefs.kernels.fused.conversion import KERNEL

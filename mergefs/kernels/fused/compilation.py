@@ -26,9 +26,13 @@ class Kernel:
     """A kernel for every compute dtype, compiled when first asked for.
 
     ``signature`` gives the numba signature for the element types that stand for the dtypes that ``function`` is about.
+    With ``for_statistics`` there is one more specialisation for each: for inputs that are carried in F32.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: Callable[..., Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], signature: Callable[..., Any], for_statistics: bool = False
+    ) -> None:
+        self.for_statistics = for_statistics
         self._dispatcher: Any = inlined(function)
         self._signature = signature
         self._lock = threading.Lock()
