@@ -137,6 +137,36 @@ def test_a_bias_of_one_model_alone_is_taken_as_the_method_says(
     assert torch.equal(merge_by_mergefs(tmp_path, document)[name], expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "with_base", "lacking", "words"),
+    [
+        ("nuslerp", True, "second", "may be missing, as far as the method can do without"),
+        ("arcee_fusion", True, "first", None),
+        ("nuslerp", False, "second", None),
+    ],
+)
+def test_a_bias_that_leaves_too_few_experts_is_refused_or_taken_from_the_only_one(
+    models: dict[str, Path], tmp_path: Path, method: str, with_base: bool, lacking: str, words: str | None
+) -> None:
+    seed = ("base", "first", "second").index(lacking)
+    tensors = {name: tensor for name, tensor in strange_tensors(seed).items() if not name.endswith(".bias")}
+    config = json.loads((models[lacking] / "config.json").read_text())
+    three = models | {lacking: write_model(tmp_path / "lacking", tensors | unmergeable_tensors(), config)}
+    listed = ("first",) if method == "arcee_fusion" else ("first", "second")
+    document: dict[str, Any] = {"merge_method": method, "models": [{"model": str(three[name])} for name in listed]}
+    if method == "nuslerp":
+        document["parameters"] = {"weight": 1}
+    if with_base:
+        document["base_model"] = str(three["base"])
+    if words is not None:
+        with pytest.raises(PlanError, match=words):
+            merge_by_mergefs(tmp_path, document)
+        return
+    name = "model.layers.0.self_attn.q_proj.bias"
+    expected = strange_tensors(0 if method == "arcee_fusion" else 1)[name]
+    assert torch.equal(merge_by_mergefs(tmp_path, document)[name], expected)
+
+
 @pytest.mark.parametrize(("drop", "words"), [("up_proj.weight", "lacks tensor"), ("gate_up_proj", "only biases")])
 def test_a_weight_that_one_expert_lacks_is_refused(
     models: dict[str, Path], tmp_path: Path, drop: str, words: str

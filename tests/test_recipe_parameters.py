@@ -290,6 +290,29 @@ def resolved_by_mergekit(text: str, tensor_name: str, t: float) -> ResolvedParam
     return ResolvedParameters(shared, tuple(per_input[source.model] for source in sources))
 
 
+@pytest.mark.parametrize(("written", "t", "expected"), [("[2, 4]", 0.5, 3), ("[{filter: mlp, value: 7}]", 0, 7)])
+def test_a_whole_number_may_be_a_gradient_or_a_condition(written: str, t: float, expected: int) -> None:
+    recipe = parse_recipe(
+        f"merge_method: karcher\nmodels: [{{model: a}}]\nparameters: {{max_iter: {written}}}", "r.yml"
+    )
+    method = specification("karcher")
+    assert method is not None
+    resolved = resolve_parameters(recipe, method, "model.layers.1.mlp.up_proj.weight", t)
+    assert (resolved.shared["max_iter"], type(resolved.shared["max_iter"])) == (expected, int)
+
+
+def test_a_gradient_that_comes_to_half_of_a_whole_number_is_refused() -> None:
+    recipe = parse_recipe("merge_method: karcher\nmodels: [{model: a}]\nparameters: {max_iter: [2, 3]}", "r.yml")
+    method = specification("karcher")
+    assert method is not None
+    with pytest.raises(RecipeError) as caught:
+        resolve_parameters(recipe, method, "model.layers.1.mlp.up_proj.weight", 0.5)
+    assert str(caught.value) == (
+        "r.yml: the gradient of 'max_iter' comes to 2.5 for tensor 'model.layers.1.mlp.up_proj.weight', and it must be "
+        "a whole number everywhere; give one number, or conditions with a filter"
+    )
+
+
 @UNTIMED
 @given(recipes(), NAMES, POSITIONS)
 def test_every_parameter_of_every_method_comes_out_as_from_mergekit(
