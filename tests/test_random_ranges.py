@@ -25,6 +25,7 @@ from mergefs.catalog import Catalog
 from mergefs.engine.engine import Engine
 from mergefs.engine.workspace import Workspace
 from mergefs.materialize.materialize import materialize
+from mergefs.methods import registry
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
 from mergefs.sources import blocks
@@ -134,6 +135,11 @@ def test_the_whole_file_backwards_in_odd_pieces_is_the_materialized_file(served:
 
 
 # Without a mount
+
+
+def test_no_method_escapes_the_tests_over_all_methods() -> None:
+    """Those of random ranges, of blocks, shards and threads, of mergekit's results: they all go over the examples."""
+    assert set(METHODS) == set(registry.METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
