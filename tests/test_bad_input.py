@@ -180,10 +180,6 @@ RECIPES: dict[str, tuple[str | dict[str, Any], str]] = {
     "no models": ({"models": []}, r"'models' is empty"),
     "no base for a method that needs one": ({"base_model": None}, r"base_model"),
     "a model that is not there": ({"base_model": "/nowhere/model"}, r"'/nowhere/model'"),
-    "a filter that matches nothing": (
-        {"parameters": {"weight": [{"filter": "no_such_tensor", "value": 1.0}, {"value": 0.5}]}},
-        r"no_such_tensor|filter",
-    ),
 }
 
 

@@ -22,13 +22,13 @@ from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
 from mergefs.planner.selection import select_blocks
-from mergefs.planner.tensors import TensorPlanner, require_known_filters
+from mergefs.planner.tensors import TensorPlanner
 from mergefs.planner.tokenizer import plan_tokenizer
 from mergefs.planner.vocabulary import Alignment
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.definition import Recipe
-from mergefs.recipe.parameters import gradient_notes, unmatched_filters
+from mergefs.recipe.parameters import filter_notes, gradient_notes
 from mergefs.recipe.references import ModelReference
 from mergefs.sources.place import Role
 from mergefs.tokenizer.files import is_tokenizer_file
@@ -116,7 +116,6 @@ class Drafter:
         tokenizer = plan_tokenizer(recipe, models, instead, donor, self._catalog, self._progress)
         alignment = Alignment(tokenizer.vocabulary, self._options.truncate_embeddings, self._statistics, named)
         planned = TensorPlanner(recipe, models, stand_in, donor, self._options.random_seed, alignment).plan(assembly)
-        require_known_filters(recipe, unmatched_filters(recipe, planned.names))
         return Draft(
             recipe=recipe,
             inputs=tuple(opened.values()),
@@ -130,6 +129,7 @@ class Drafter:
                 *self._opener.notes,
                 *tokenizer.notes,
                 *planned.notes,
+                *filter_notes(recipe, planned.names),
                 *gradient_notes(recipe, donor.number_of_layers),
             ),
         )

@@ -381,11 +381,3 @@ def _promoted(dtypes: Sequence[DType]) -> DType:
     for dtype in dtypes[1:]:
         result = promote(result, dtype)
     return result
-
-
-def require_known_filters(recipe: Recipe, unmatched: Sequence[str]) -> None:
-    """Refuse filters that match no tensor."""
-    if unmatched:
-        raise RecipeError(
-            f"{recipe.origin}: the filter {unmatched[0]!r} matches no tensor; check it against the names of the model"
-        )

@@ -145,6 +145,10 @@ def empty(origin: str) -> RecipeError:
 def _syntax_error(error: yaml.MarkedYAMLError, origin: str) -> RecipeError:
     mark = error.problem_mark or error.context_mark
     problem = " ".join(part for part in (error.context, error.problem) if part) or "it cannot be parsed"
+    if mark is not None and mark.buffer is not None and mark.buffer[mark.pointer : mark.pointer + 1] == "\t":
+        return Place(origin, mark.line + 1).error(
+            f"is not valid YAML (a tab in column {mark.column + 1}); put spaces in its place"
+        )
     if mark is None:
         return RecipeError(f"{origin}: is not valid YAML ({problem}); correct the file")
     return RecipeError(

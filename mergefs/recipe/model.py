@@ -14,6 +14,7 @@ from mergefs.checkpoint.dtypes import FLOAT_DTYPES_BY_TORCH_NAME, DType
 from mergefs.errors import MethodError, RecipeError
 from mergefs.methods.contract import BasePolicy, Specification
 from mergefs.methods.registry import method_names, specification
+from mergefs.recipe import misplaced
 from mergefs.recipe.definition import ModelInput, OutputModule, OutputSlice, Recipe
 from mergefs.recipe.document import (
     MAXIMUM_SIZE,
@@ -111,7 +112,7 @@ def _table(document: Item, origin: str) -> TableItem:
 
 def _recipe(document: TableItem, text: str, origin: str, directory: Path | None) -> Recipe:
     """Return the recipe of one document, without those that it may refer to."""
-    check_keys(document, _KEYS, {}, "a recipe")
+    check_keys(document, _KEYS, misplaced.IN_RECIPES, "a recipe")
     method = _method(document)
     base_entry = document.get("base_model")
     base = None if base_entry is None else read_reference(base_entry)

@@ -19,7 +19,7 @@ from mergefs.recipe.settings import (
     filters,
     longest_gradient,
 )
-from mergefs.recipe.wording import quote
+from mergefs.recipe.wording import nearest, quote
 
 __all__ = [
     "Condition",
@@ -94,6 +94,24 @@ def unmatched_filters(recipe: Recipe, tensor_names: Iterable[str]) -> tuple[str,
     names = tuple(tensor_names)
     wanted = dict.fromkeys(_all_filters(recipe))
     return tuple(text for text in wanted if not any(text in name for name in names))
+
+
+def filter_notes(recipe: Recipe, tensor_names: Iterable[str]) -> tuple[str, ...]:
+    """Return what is worth telling of filters: those that select none of ``tensor_names``.
+
+    Nothing is wrong with them for sure, since one recipe serves models of several kinds: the output embedding that a
+    filter names is missing where it is tied.
+    """
+    names = sorted(tensor_names)
+    parts = dict.fromkeys(part for name in names for part in name.split("."))
+    notes: list[str] = []
+    for text in unmatched_filters(recipe, names):
+        match = nearest(text, parts)
+        hint = (
+            f"did you mean {match!r}?" if match else f"names of tensors are such as {max(names, key=len, default='')}"
+        )
+        notes.append(f"{recipe.origin}: the filter {quote(text)} matches no tensor, so its value is not used; {hint}")
+    return tuple(notes)
 
 
 def gradient_notes(recipe: Recipe, number_of_layers: int | None) -> tuple[str, ...]:

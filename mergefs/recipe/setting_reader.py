@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import Parameter, Scope, Specification
 from mergefs.methods.registry import built_in_methods_with
+from mergefs.recipe import misplaced
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe, is_null
 from mergefs.recipe.settings import NO_SETTINGS, Condition, Conditions, Gradient, Scalar, Setting, Settings
 from mergefs.recipe.wording import listed, nearest, quote
@@ -18,6 +19,9 @@ from mergefs.recipe.wording import listed, nearest, quote
 _FLOAT: Final = TypeAdapter(float)
 _BOOL: Final = TypeAdapter(bool)
 _CONDITION_KEYS: Final = ("filter", "value")
+
+# It stands in configs of every method, and never had to do with the result: only with the memory that mergekit takes.
+_MASK_SIZE: Final = Parameter("int8_mask", "bool", Scope.GLOBAL, "bytes of a mask", default=False)
 
 
 def read_settings(entry: Entry | None, method: Specification, model: str | None) -> Settings:
@@ -36,6 +40,9 @@ def read_settings(entry: Entry | None, method: Specification, model: str | None)
     settings: dict[str, Setting] = {}
     for item in entry.value:
         parameter = method.parameter(item.key)
+        if item.key == _MASK_SIZE.name and (parameter is None or model is not None):
+            _SettingReader(_MASK_SIZE).setting(item)
+            continue
         if parameter is None:
             raise item.place.error(_unknown_parameter(item.key, method))
         _check_scope(item, parameter, model)
@@ -46,9 +53,14 @@ def read_settings(entry: Entry | None, method: Specification, model: str | None)
 def _unknown_parameter(name: str, method: Specification) -> str:
     known = [parameter.name for parameter in method.parameters]
     takes = f"{method.name} takes {listed(known)}"
+    if name in misplaced.IN_PARAMETERS:
+        return f"{name!r} cannot be used here: {misplaced.IN_PARAMETERS[name]}"
     others = built_in_methods_with(name)
     if others:
-        return f"{quote(name)} is a parameter of {listed(others)}, but {takes}; remove it or change merge_method"
+        return (
+            f"{quote(name)} is a parameter of {listed(others[:3])}{', ...' if len(others) > 3 else ''}, but {takes}; "
+            "remove it, since mergekit passes over it here, or change merge_method"
+        )
     match = nearest(name, known)
     if match:
         return f"{quote(name)} is not a parameter of {method.name}; did you mean {match!r}?"

@@ -1,8 +1,12 @@
 """Reads what a recipe merges: ``models``, ``slices`` and ``modules``."""
 
+import os
 from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
+
 from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
+from mergefs.recipe import misplaced
 from mergefs.recipe.definition import ModelInput, OutputModule, OutputSlice
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe
 from mergefs.recipe.keys import check_keys
@@ -16,18 +20,9 @@ _MODEL_KEYS: Final = ("model", "parameters")
 _SLICE_KEYS: Final = ("sources", "base_model", "parameters", "residual_weight")
 _SOURCE_KEYS: Final = ("model", "layer_range", "parameters")
 _MODULE_KEYS: Final = ("models", "slices", "parameters")
-_MISPLACED_IN_MODELS: Final = {
-    "layer_range": (
-        "an entry of 'models' is a whole model; ranges of layers stand under 'slices', as "
-        "`slices: [{sources: [{model: PATH, layer_range: [0, 8]}]}]`"
-    ),
-    "lora": "an adapter is a part of the model's reference; write `model: PATH+ADAPTER`",
-}
-_MISPLACED_IN_SLICES: Final = dict.fromkeys(
-    ("model", "layer_range"),
-    "the models of a slice stand in its list of sources, as `- sources: [{model: PATH, layer_range: [0, 8]}]`",
-)
-_MISPLACED_IN_SOURCES: Final = {"lora": _MISPLACED_IN_MODELS["lora"]}
+
+# The lax mode of the library that mergekit checks with: what it takes for a whole number, we take.
+_INT: Final = TypeAdapter(int)
 
 
 class StructureReader:
@@ -75,7 +70,7 @@ class StructureReader:
             raise table.place.error(
                 f"module {quote(entry.key)} must be a mapping, not {describe(table)}; give it 'models' or 'slices'"
             )
-        check_keys(table, _MODULE_KEYS, {}, "a module")
+        check_keys(table, _MODULE_KEYS, misplaced.IN_MODULES, "a module")
         parameters = read_settings(table.get("parameters"), self._method, None)
         present = [found for key in ("models", "slices") if (found := table.get(key)) is not None and not _empty(found)]
         if len(present) != 1:
@@ -100,7 +95,7 @@ class StructureReader:
     def _slice(self, item: Item, outer: tuple[Settings, ...]) -> OutputSlice:
         if not isinstance(item, TableItem):
             raise item.place.error(f"a slice must be a mapping, not {describe(item)}; write `- sources: [...]`")
-        check_keys(item, _SLICE_KEYS, _MISPLACED_IN_SLICES, "a slice")
+        check_keys(item, _SLICE_KEYS, misplaced.IN_SLICES, "a slice")
         entry = item.get("sources")
         if entry is None or not isinstance(entry.value, SequenceItem) or not entry.value.items:
             raise item.place.error(
@@ -128,7 +123,7 @@ class StructureReader:
             check_keys(
                 item,
                 keys,
-                _MISPLACED_IN_MODELS if whole else _MISPLACED_IN_SOURCES,
+                misplaced.IN_MODELS if whole else misplaced.IN_SOURCES,
                 "a model's entry" if whole else what,
             )
             model_entry = item.get("model")
@@ -187,6 +182,8 @@ class StructureReader:
                 applies = parameter.scope is Scope.PER_MODEL or entry.model != part.base
                 if applies and parameter.name not in entry.parameters:
                     where = places[number] if number < len(places) else place
+                    if part.base is not None and entry.model != part.base and _same_directory(entry.model, part.base):
+                        raise where.error(_spelled_otherwise(entry.model, part.base))
                     raise where.error(_missing(parameter, self._method, entry.model))
 
     def _check_number(self, part: OutputSlice, place: Place) -> None:
@@ -240,9 +237,26 @@ def _layer_range(item: TableItem, model: ModelReference) -> tuple[int, int]:
 
 
 def _whole_number(item: Item) -> int | None:
-    if isinstance(item, ScalarItem) and isinstance(item.value, int | float) and not isinstance(item.value, bool):
-        return int(item.value) if item.value == item.value // 1 else None
-    return None
+    # pydantic would read true as 1, which nobody means by it.
+    if not isinstance(item, ScalarItem) or isinstance(item.value, bool):
+        return None
+    try:
+        return _INT.validate_python(item.value)
+    except ValidationError:
+        return None
+
+
+def _same_directory(model: ModelReference, base: ModelReference) -> bool:
+    """Return whether two references differ in nothing but how the path is written, as `./base` and `base`."""
+    first, second = (os.path.normpath(reference.path).replace("//", "/") for reference in (model, base))
+    return first == second and (model.revision, model.adapter) == (base.revision, base.adapter)
+
+
+def _spelled_otherwise(model: ModelReference, base: ModelReference) -> str:
+    return (
+        f"{quote(model.text)} is the base model written in another way, so that it counts as an expert; write "
+        f"{quote(base.text)} here, too"
+    )
 
 
 def _missing(parameter: Parameter, method: Specification, model: ModelReference | None) -> str:
