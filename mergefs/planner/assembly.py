@@ -108,9 +108,11 @@ def _whole(
 
     def layer_position(name: str) -> float:
         found = split_layer(name)
-        if found is None or found.index >= stacks.get(found.stack, 0):
+        if found is None:
             return 0.0
-        return position(found.index, stacks[found.stack])
+        if found.stack not in stacks:
+            return 1.0  # a step of the only layer there is
+        return position(found.index, stacks[found.stack]) if found.index < stacks[found.stack] else 0.0
 
     names = tuple({name: name for name in model.tensors if member(name)} for model in inputs)
     return Group(module, part, names, _reference(part), layer_position)

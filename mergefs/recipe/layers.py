@@ -61,15 +61,17 @@ def layer_stacks(tensor_names: Iterable[str], number_of_layers: int | None) -> d
 
     The main stack is the one that has as many layers as config.json says (``number_of_layers``), or else the one with
     the most tensors. Its number of layers is the one in config.json where it has at least as many: what lies beyond
-    (layers for speculative decoding) is no layer of the model.
+    (layers for speculative decoding) is no layer of the model. Numbers with gaps are no layers: they count the steps of
+    one, such as the linear maps of a projector with activations between them.
     """
-    counts: dict[str, int] = {}
+    indices: dict[str, set[int]] = {}
     tensors: dict[str, int] = {}
     for name in tensor_names:
         found = split_layer(name)
         if found is not None:
-            counts[found.stack] = max(counts.get(found.stack, 0), found.index + 1)
+            indices.setdefault(found.stack, set()).add(found.index)
             tensors[found.stack] = tensors.get(found.stack, 0) + 1
+    counts = {stack: len(numbers) for stack, numbers in indices.items() if len(numbers) == max(numbers) + 1}
     order = sorted(counts, key=lambda stack: (counts[stack] != number_of_layers, -tensors[stack], stack))
     if order and number_of_layers is not None and 0 < number_of_layers < counts[order[0]]:
         counts[order[0]] = number_of_layers
