@@ -8,7 +8,8 @@ from itertools import combinations
 import numpy as np
 
 from mergefs.errors import RecipeError
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     LONGEST_ROW,
     Answers,
@@ -18,6 +19,7 @@ from mergefs.methods.contract import (
     FewModels,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -98,6 +100,26 @@ class ModelStock(Method[ModelStockCoefficients]):
         mean = precision.round(total / base.dtype.type(len(experts)))
         rest = precision.round(base.dtype.type(1) - share)
         return precision.round(precision.round(share * mean) + precision.round(rest * base))
+
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("model_stock",)
+
+    def fused(self, run: RawRun, coefficients: ModelStockCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes, where the whole tensor has one share."""
+        if run.dtype not in FUSED_DTYPES or coefficients.share is None:
+            return None
+        from mergefs.kernels.fused import model_stock as kernel
+        from mergefs.kernels.fused.memory import address, addresses, empty_result
+
+        base = run.inputs[coefficients.base]
+        result = empty_result(base, run.dtype)
+        share = np.float32(coefficients.share)
+        rest = Precision(run.dtype).scalar(float(np.float32(1) - share))
+        experts = addresses([run.inputs[model] for model in coefficients.experts])
+        buffer = np.empty(kernel.TILE, dtype=np.float32)
+        kernel.KERNEL.compiled(run.dtype)(result, address(base), experts, share, rest, buffer)
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """At most one part of the mean."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import cosine, sine
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
@@ -22,6 +23,7 @@ from mergefs.methods.contract import (
     ElementSums,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -118,6 +120,38 @@ class Multislerp(Method[MultislerpCoefficients]):
             aside = precision.round(_tangent(mean, directions, coefficients, precision) * kind(coefficients.aside))
             merged = precision.round(precision.round(ahead + aside) * kind(coefficients.radius))
         return merged if base is None else precision.round(merged + base)
+
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("multislerp",)
+
+    def fused(self, run: RawRun, coefficients: MultislerpCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES or len(coefficients.models) == 1:
+            return None
+        from mergefs.kernels.fused import multislerp as kernel
+        from mergefs.kernels.fused.memory import address, addresses, empty_result
+
+        inputs = [run.inputs[model] for model in coefficients.models]
+        result = empty_result(inputs[0], run.dtype)
+        base = inputs[0] if coefficients.base is None else run.inputs[coefficients.base]
+        line = coefficients.mean_norm is None
+        models = np.zeros((len(inputs), 3), dtype=np.float32)
+        models[:, 0] = coefficients.weights
+        if not line:
+            models[:, 1], models[:, 2] = coefficients.lengths, coefficients.projections
+        numbers = (coefficients.mean_norm or 1, coefficients.ahead, coefficients.aside, coefficients.radius)
+        kernel.KERNEL.compiled(run.dtype)(
+            result,
+            addresses(inputs),
+            address(base),
+            coefficients.base is not None,
+            models,
+            line,
+            np.array(numbers, dtype=np.float32),
+            np.empty((len(inputs) + 2, kernel.TILE), dtype=np.float32),
+        )
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """The weights, after normalisation: norms and directions of fine-tunes are alike."""

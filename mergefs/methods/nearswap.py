@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     Answers,
     BasePolicy,
@@ -12,6 +13,7 @@ from mergefs.methods.contract import (
     FewModels,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     TensorContext,
@@ -61,6 +63,23 @@ class NearSwap(Method[NearSwapCoefficients]):
         weight = np.clip(weight, 0, 1)
         rest = precision.round(one - weight)
         return precision.round(precision.round(weight * second) + precision.round(rest * first))
+
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("nearswap",)
+
+    def fused(self, run: RawRun, coefficients: NearSwapCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES:
+            return None
+        from mergefs.kernels.fused import nearswap as kernel
+        from mergefs.kernels.fused.memory import addresses, empty_result
+
+        pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])
+        result = empty_result(pair[0], run.dtype)
+        least = Precision(run.dtype).scalar(_SMALLEST_DISTANCE)
+        kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), np.float32(coefficients.t), least)
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """At most 1 for the other model, where it is near."""

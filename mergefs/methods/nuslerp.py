@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mergefs.checkpoint.dtypes import F64
 from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import arc_cosine, sine
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     LONGEST_ROW,
     Answers,
@@ -25,6 +26,7 @@ from mergefs.methods.contract import (
     FewModels,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -144,6 +146,27 @@ class Nuslerp(Method[NuslerpCoefficients]):
         line = _weighed(first, second, kind(1 - coefficients.share), kind(coefficients.share), precision)
         result: Array = np.where(turn.straight, line, bent)
         return result if base is None else precision.round(base + result)
+
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("nuslerp",)
+
+    def fused(self, run: RawRun, coefficients: NuslerpCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes, where the whole tensor has one angle."""
+        turn = coefficients.turn
+        if run.dtype not in FUSED_DTYPES or turn is None or turn.divisor.size != 1:
+            return None
+        from mergefs.kernels.fused import nuslerp as kernel
+        from mergefs.kernels.fused.memory import addresses, empty_result
+
+        base = () if coefficients.base is None else (run.inputs[coefficients.base],)
+        inputs = (*(run.inputs[model] for model in coefficients.pair), *base)
+        result = empty_result(inputs[0], run.dtype)
+        straight = bool(turn.straight[0])
+        line = (1 - coefficients.share, coefficients.share)
+        factors = np.array(line if straight else (turn.first[0], turn.second[0]), dtype=np.float32)
+        kernel.KERNEL.compiled(run.dtype)(result, addresses(inputs), factors, not straight, np.float32(turn.divisor[0]))
+        return result.view(np.uint8)
 
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """About the shares: the angle between fine-tunes of one base is small."""

@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, DType
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     Answers,
     BasePolicy,
@@ -15,6 +16,7 @@ from mergefs.methods.contract import (
     ElementSum,
     Method,
     Parameter,
+    RawRun,
     Scope,
     Specification,
     Statistic,
@@ -79,6 +81,25 @@ class Ram(Method[RamCoefficients]):
             total = total + precision.round(alone + precision.round(shared / changes.divisor))
         return precision.round(base + precision.round(total))
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes."""
+        return ("ram",)
+
+    def fused(self, run: RawRun, coefficients: RamCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
+            return None
+        from mergefs.kernels.fused import ram as kernel
+        from mergefs.kernels.fused.memory import address, addresses, empty_result
+
+        base = run.inputs[coefficients.base]
+        result = empty_result(base, run.dtype)
+        buffers = np.empty((2, kernel.TILE), dtype=np.float32)
+        experts = addresses([run.inputs[model] for model in coefficients.experts])
+        epsilon = np.float32(coefficients.epsilon)
+        kernel.KERNEL.compiled(run.dtype)(result, address(base), experts, epsilon, buffers[0], buffers[1])
+        return result.view(np.uint8)
+
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """Between 1 (changed alone) and 1 / experts (changed by all)."""
         return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
@@ -122,6 +143,14 @@ class RamPlus(Ram):
     def result_dtype(self, compute: DType) -> DType:
         """The boost makes float32 of the 16 bit types."""
         return F32 if compute.bits == 16 else compute
+
+    def kernels(self) -> tuple[str, ...]:
+        """None: a fused kernel ends in the compute dtype."""
+        return ()
+
+    def fused(self, run: RawRun, coefficients: RamCoefficients) -> Raw | None:
+        """Leave it to the reference."""
+        return None
 
     def reference(self, block: Block, coefficients: RamCoefficients, precision: Precision) -> Array:
         """Follow the formula; the mean of shared changes is still rounded to the compute dtype."""

@@ -1,0 +1,135 @@
+"""The fused kernels of single methods equal the reference bit for bit, for any coefficients and any data."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inputs, seeds
+
+from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.precision import Precision
+from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
+from mergefs.methods.model_stock import ModelStock, ModelStockCoefficients
+from mergefs.methods.multislerp import Multislerp, MultislerpCoefficients
+from mergefs.methods.nearswap import NearSwap, NearSwapCoefficients
+from mergefs.methods.nuslerp import Nuslerp, NuslerpCoefficients, Turn
+from mergefs.methods.ram import Ram, RamCoefficients
+
+
+@st.composite
+def karcher_coefficients(draw: st.DrawFn, dtype: DType) -> KarcherCoefficients:
+    """Return coefficients for two to five inputs, some of which have no direction, and any number of steps."""
+    precision = Precision(dtype)
+    positive = st.floats(1e-3, 1e3).map(lambda value: float(np.float32(value)))
+
+    def rounded(value: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(precision.scalar(value))
+
+    models = tuple(sorted(draw(st.sets(st.integers(0, 4), min_size=1))))
+    number = st.floats(-2, 2).map(rounded)
+    pulls = st.lists(
+        st.builds(Pull, st.integers(0, len(models) - 1), number, number.filter(bool)),
+        max_size=len(models),
+        unique_by=lambda pull: pull.direction,
+    ).map(lambda found: tuple(sorted(found, key=lambda pull: pull.direction)))
+    whole = st.builds(Step, pulls, positive, number, number, st.none() | positive)
+    begun = st.builds(Step, pulls)
+    steps = (*draw(st.lists(whole, max_size=4)), *draw(st.lists(begun, max_size=1)))
+    starts_with_first = draw(st.booleans())
+    return KarcherCoefficients(
+        models=models,
+        norms=tuple(draw(positive) for _ in models),
+        share=draw(st.floats(0.1, 1)),
+        starts_with_first=starts_with_first,
+        mean_norm=None if starts_with_first else draw(st.none() | positive),
+        steps=steps,
+        radius=draw(positive),
+    )
+
+
+@by_dtype
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=seeds, size=st.integers(1, 3000))
+def test_any_karcher_mean_equals_the_reference(dtype: DType, data: st.DataObject, seed: int, size: int) -> None:
+    coefficients = data.draw(karcher_coefficients(dtype))
+    assert_equals_reference(Karcher(), coefficients, random_inputs(seed, 5, size, dtype), dtype)
+
+
+def rounded_factors(dtype: DType) -> st.SearchStrategy[float]:
+    """Return numbers of the recipe, or of statistics, rounded to the compute dtype."""
+
+    def rounded(value: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(Precision(dtype).scalar(value))
+
+    return factors.map(rounded)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(t=factors, swapped=st.booleans(), seed=seeds, size=st.integers(1, 3000))
+def test_any_nearswap_equals_the_reference(dtype: DType, t: float, swapped: bool, seed: int, size: int) -> None:
+    coefficients = NearSwapCoefficients(int(swapped), int(not swapped), t)
+    assert_equals_reference(NearSwap(), coefficients, random_inputs(seed, 2, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), count=st.integers(1, 5), seed=seeds, size=st.integers(1, 3000))
+def test_any_ram_equals_the_reference(dtype: DType, data: st.DataObject, count: int, seed: int, size: int) -> None:
+    order = data.draw(st.permutations(range(count + 1)))
+    epsilon = data.draw(st.sampled_from([0.0, 2.0**-20, 2.0**-6, 1.0]) | rounded_factors(dtype))
+    coefficients = RamCoefficients(order[0], tuple(order[1:]), epsilon)
+    assert_equals_reference(Ram(), coefficients, random_inputs(seed, count + 1, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), count=st.integers(2, 5), seed=seeds, size=st.integers(1, 3000))
+def test_any_model_stock_equals_the_reference(
+    dtype: DType, data: st.DataObject, count: int, seed: int, size: int
+) -> None:
+    order = data.draw(st.permutations(range(count + 1)))
+    coefficients = ModelStockCoefficients(order[0], tuple(order[1:]), 1, data.draw(rounded_factors(dtype)))
+    assert_equals_reference(ModelStock(), coefficients, random_inputs(seed, count + 1, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), based=st.booleans(), straight=st.booleans(), seed=seeds, size=st.integers(1, 3000))
+def test_any_nuslerp_equals_the_reference(
+    dtype: DType, data: st.DataObject, based: bool, straight: bool, seed: int, size: int
+) -> None:
+    order = data.draw(st.permutations(range(2 + based)))
+    kind = Precision(dtype).carrier
+    first, second, divisor = (np.array([data.draw(rounded_factors(dtype))], dtype=kind) for _ in range(3))
+    turn = Turn(first, second, divisor, np.array([straight]))
+    base = order[2] if based else None
+    coefficients = NuslerpCoefficients(base, (order[0], order[1]), data.draw(st.floats(-1, 2)), 1, turn)
+    assert_equals_reference(Nuslerp(), coefficients, random_inputs(seed, 2 + based, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), count=st.integers(2, 5), based=st.booleans(), seed=seeds, size=st.integers(1, 3000))
+def test_any_multislerp_equals_the_reference(
+    dtype: DType, data: st.DataObject, count: int, based: bool, seed: int, size: int
+) -> None:
+    order = data.draw(st.permutations(range(count + based)))
+    number = rounded_factors(dtype)
+
+    def numbers() -> tuple[float, ...]:
+        return tuple(data.draw(number) for _ in range(count))
+
+    coefficients = MultislerpCoefficients(
+        base=order[count] if based else None,
+        models=tuple(order[:count]),
+        weights=numbers(),
+        lengths=numbers(),
+        mean_norm=data.draw(st.none() | number.filter(bool)),
+        projections=numbers(),
+        ahead=data.draw(number),
+        aside=data.draw(number),
+        radius=data.draw(number),
+    )
+    assert_equals_reference(Multislerp(), coefficients, random_inputs(seed, count + based, size, dtype), dtype)
