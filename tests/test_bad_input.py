@@ -199,6 +199,25 @@ def test_a_recipe_that_is_not_there(workspace: Workspace, refusal: Refusal) -> N
     assert str(workspace.directory / "none.yml") in refusal("plan", workspace.directory / "none.yml")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "LONG"),
+        ("analyze", "LONG"),
+        ("materialize", "LONG", "out"),
+        ("materialize", "recipe.yml", "LONG"),
+        ("materialize", "recipe.yml", "LONG/out"),
+    ],
+)
+def test_a_name_that_no_file_can_have(workspace: Workspace, refusal: Refusal, arguments: tuple[str, ...]) -> None:
+    command, *names = arguments
+    long = "n" * 300
+    paths = [workspace.directory / name.replace("LONG", long) for name in names]
+    sentence = refusal(command, *paths)
+    assert long in sentence
+    assert os.strerror(errno.ENAMETOOLONG) in sentence
+
+
 def test_a_directory_without_recipes(workspace: Workspace, refusal: Refusal) -> None:
     assert str(workspace.mountpoint) in refusal("materialize", workspace.mountpoint, workspace.output)
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from checkpoints import Family
 from examples import Families, FamilyKind
+from mounting import run_mergefs
 from oracle import mergekit_merge, mergekit_multi, nothing_left_to_chance
 from tensors import Tensors, differing
 
@@ -484,3 +485,37 @@ parameters:
     tensors, notes = merge(tmp_path, text)
     assert differing(tensors, mergekit(text)) == {}
     assert [hint in note for note in notes if f"the filter '{filter_}' matches no tensor" in note] == [True]
+
+
+@pytest.mark.parametrize(("options", "told"), [([], True), (["--quiet"], False)])
+def test_who_mounts_is_told_too(families: Families, directory: Path, options: list[str], told: bool) -> None:
+    models = _named(families(FamilyKind(BF16, experts=3)))
+    recipe = directory / "recipe.yml"
+    recipe.write_text(
+        "merge_method: linear\nparameters: {{weight: [{{filter: self_atn, value: 2}}, {{value: 1}}]}}\n"
+        "models: [{{model: {a}}}]\n".format(**models)
+    )
+    (directory / "mnt").mkdir()
+    state = directory / "state"
+    done = run_mergefs("mount", *options, recipe, directory / "mnt", state=state)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert (
+        done.stderr.splitlines()
+        == [
+            f"note: {recipe}: the filter 'self_atn' matches no tensor, so its value is not used; did you mean 'self_attn'?"
+        ]
+        * told
+    )
+    assert run_mergefs("umount", directory / "mnt", state=state).returncode == 0
+
+
+@pytest.mark.parametrize(("base", "told"), [("base_model: {base}\n", True), ("", False)])
+def test_a_base_on_the_command_line_beside_that_of_the_recipe_is_told(
+    families: Families, tmp_path: Path, base: str, told: bool
+) -> None:
+    models = _named(families(FamilyKind(BF16, experts=3)))
+    recipe = tmp_path / "recipe.yml"
+    text = base + "merge_method: linear\nmodels: [{{model: {a}}}]\nparameters: {{weight: 1}}\n"
+    recipe.write_text(text.format(**models))
+    with mergefs.open(recipe, base=str(models["b"])) as model:
+        assert [f"{recipe} names its own base, so --base is not used for it" in model.plan.notes] == [told]

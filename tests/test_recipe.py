@@ -35,8 +35,8 @@ dtype: bfloat16
 """
 
 
-def parse(text: str, directory: Path | None = None) -> Recipe:
-    return parse_recipe(dedent(text), "<recipe>", directory)
+def parse(text: str, *directories: Path) -> Recipe:
+    return parse_recipe(dedent(text), "<recipe>", *directories)
 
 
 def refusal(text: str) -> str:
@@ -65,7 +65,7 @@ def test_a_recipe_keeps_what_it_says() -> None:
     assert recipe.base == ModelReference("base", "base", None, None)
     assert (recipe.dtype, recipe.out_dtype) == (BF16, None)
     assert recipe.parameters == {"normalize": False}
-    assert (recipe.text, recipe.origin, recipe.directory) == (TIES, "merge.yml", Path("/recipes"))
+    assert (recipe.text, recipe.origin, recipe.directories) == (TIES, "merge.yml", (Path("/recipes"),))
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
@@ -527,7 +527,18 @@ def test_a_relative_path_gives_an_absolute_directory(tmp_path: Path, monkeypatch
     (tmp_path / "merge.yml").write_text(TIES)
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(Path("merge.yml"))
-    assert (recipe.origin, recipe.directory) == ("merge.yml", tmp_path)
+    assert (recipe.origin, recipe.directories) == ("merge.yml", (tmp_path,))
+
+
+def test_a_recipe_behind_a_link_is_in_both_directories(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    path, link = tmp_path / "recipes" / "merge.yml", tmp_path / "current.yml"
+    path.write_text(TIES)
+    link.symlink_to(path)
+    assert load_recipe(link).directories == (tmp_path, tmp_path / "recipes")
+    (tmp_path / "recipes" / "math").mkdir()
+    recipe = load_recipe(link)
+    assert find_model(recipe.models[0].model, recipe) == tmp_path / "recipes" / "math"
 
 
 def test_files_that_cannot_be_recipes_are_refused_by_path(tmp_path: Path) -> None:

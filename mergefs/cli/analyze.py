@@ -1,5 +1,6 @@
 """``mergefs analyze``."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def _analyze(target: Path, base: str | None, workspace: "Workspace", listener: "
 
     catalog = workspace.catalog
     sources: tuple[WeightSource, ...]
-    if not target.is_dir():
+    if not os.path.isdir(target):  # noqa: PTH112 - is_dir() raises where access is denied
         draft = draft_plan(load_recipe(target), PlanOptions(base=base), workspace)
         analyze_draft(draft, workspace, listener)
         sources = draft.sources

@@ -47,7 +47,7 @@ def command(
         """Build the tree; called in the process that serves it, because what this imports must not be forked."""
         from mergefs.catalog import default_location
         from mergefs.cli.progress import progress
-        from mergefs.mount.build import BuildOptions, build_tree, source_paths
+        from mergefs.mount.build import BuildOptions, build_tree, notes, source_paths
 
         catalog = settings.catalog or default_location()
         refuse_catalog_inside(target, catalog)
@@ -64,6 +64,9 @@ def command(
         except BaseException:
             tree.close()
             raise
+        if not settings.quiet and not foreground:  # whose log has them, on the same stream
+            for note in notes(tree):
+                click.echo(f"note: {note}", err=True)
         return tree
 
     serve(

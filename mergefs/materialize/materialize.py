@@ -107,6 +107,14 @@ class _Transaction:
 
 def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Path], kept: Sequence[Path]) -> None:
     """Refuse a destination that is in use, or that is tangled with a source, or that ``kept`` files lie in."""
+    try:
+        _check_place(destination, sources, kept)
+        _check_contents(destination, overwrite)
+    except OSError as error:
+        raise MaterializeError(f"{destination}: cannot be used ({error.strerror}); choose another place") from None
+
+
+def _check_place(destination: Path, sources: Sequence[Path], kept: Sequence[Path]) -> None:
     resolved = destination.resolve()
     for source in sources:
         if resolved == source or source.is_relative_to(resolved) or resolved.is_relative_to(source):
@@ -120,6 +128,9 @@ def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Pat
             raise MaterializeError(f"{destination}: holds {path}, which must stay as it is; choose another place")
     if destination.is_mount():
         raise MaterializeError(f"{destination}: is a mount point; choose a directory below it")
+
+
+def _check_contents(destination: Path, overwrite: bool) -> None:
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if not overwrite:

@@ -73,25 +73,39 @@ def source_paths(tree: Tree) -> tuple[Path, ...]:
     return tree.sources if isinstance(tree, ModelTree) else ()
 
 
+def notes(tree: Tree) -> tuple[str, ...]:
+    """Return what is worth telling of the plans that ``tree`` shows, each once."""
+    models = tree.models if isinstance(tree, ModelTree) else ()
+    return tuple(dict.fromkeys(note for model in models for note in model.files.plan.notes))
+
+
 def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
     """Return the recipe files that are meant: those named, and those in the directories that are named."""
     files: list[Path] = []
     for path in recipes:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".yml", ".yaml") and entry.is_file())
+        try:
+            found = _recipes_in(path) if path.is_dir() else (path,)
+        except OSError as error:
+            raise RecipeError(
+                f"{path}: cannot be read ({error.strerror}); give a mergekit YAML file, or a directory of them"
+            ) from None
         if not found:
             raise RecipeError(f"{path}: has no recipe; put mergekit configs ending in .yml or .yaml there")
         files += found
     return tuple(files)
 
 
+def _recipes_in(directory: Path) -> tuple[Path, ...]:
+    return tuple(
+        sorted(entry for entry in directory.iterdir() if entry.suffix in (".yml", ".yaml") and entry.is_file())
+    )
+
+
 def _model(path: Path, options: BuildOptions, resources: Workspace, progress: Progress) -> ModelFiles:
     """Plan one recipe."""
     plan = make_plan(load_recipe(path), options.plan, resources, progress)
     for note in plan.notes:
-        _LOG.info("%s: %s", path, note)
+        _LOG.info("%s", note if note.startswith(str(path)) else f"{path}: {note}")
     _LOG.info(
         "%s: plan %s, %s of output from %s of %s of experts",
         path,

@@ -83,6 +83,8 @@ def make_plan(
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
     # A budget that pays for everything is no budget: the same plan, and the same files.
     plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)
+    if options.base is not None and recipe.bases:
+        plan = replace(plan, notes=(*plan.notes, f"{recipe.origin} names its own base, so --base is not used for it"))
     _keep(plan, workspace.catalog)
     return plan
 

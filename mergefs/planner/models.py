@@ -51,7 +51,7 @@ class ModelOpener:
         inner = recipe.inner.get(reference.path)
         model = self._stored(reference, recipe, role) if inner is None else self._merged(inner)
         if reference.adapter is not None:
-            path = locate(reference.adapter, recipe.origin, recipe.directory, kind="adapter")
+            path = locate(reference.adapter, recipe.origin, *recipe.directories, kind="adapter")
             model = self._adapted(model, self._adapter(path), role)
         if reference.architecture is not None:
             model = _of_architecture(model, reference.architecture)
@@ -121,7 +121,7 @@ class ModelOpener:
             revision = f"@{config.base_revision}" if config.base_revision else ""
             named = ModelReference(config.base_model + revision, config.base_model, config.base_revision, None)
             with suppress(RecipeError):
-                found = locate(named, recipe.origin, recipe.directory, adapter.path.parent).resolve()
+                found = locate(named, recipe.origin, *recipe.directories, adapter.path.parent).resolve()
                 if not is_adapter(found):
                     return found
         what = f"{quote(named.text)}, which was not found" if named else "no model"

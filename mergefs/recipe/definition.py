@@ -59,7 +59,8 @@ class OutputModule:
 class Recipe:
     """What to merge and how.
 
-    ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directory`` the directory that it is in.
+    ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directories`` those that it is in:
+    that of the path, and where a symbolic link stands there also that of the file itself.
     ``inner`` are the recipes of the same file whose results this one merges, by the names that it calls them by.
     ``tokenizer`` is None where the donor's tokenizer stays as it is, and so is ``chat_template``.
     """
@@ -72,7 +73,7 @@ class Recipe:
     parameters: Settings
     text: str
     origin: str
-    directory: Path | None
+    directories: tuple[Path, ...]
     name: str | None = None
     inner: Mapping[str, "Recipe"] = field(default_factory=lambda: MappingProxyType({}))
     tokenizer: TokenizerSettings | None = None

@@ -75,7 +75,13 @@ def load_recipe(path: Path) -> Recipe:
         raise Place(origin, line).error(
             f"byte 0x{data[error.start]:02x} is not UTF-8; save the recipe as UTF-8 text"
         ) from None
-    return parse_recipe(text, origin, path.absolute().parent)
+    return parse_recipe(text, origin, *_directories(path))
+
+
+def _directories(path: Path) -> tuple[Path, ...]:
+    """Return the directory of the recipe at ``path``, and that of the file which a symbolic link there stands for."""
+    own, real = path.absolute().parent, path.resolve()
+    return tuple(dict.fromkeys((own, real.parent))) if path.is_symlink() and real.is_file() else (own,)
 
 
 def find_model(reference: ModelReference, recipe: Recipe) -> Path:
@@ -84,17 +90,17 @@ def find_model(reference: ModelReference, recipe: Recipe) -> Path:
     Relative paths count from the current directory, as in mergekit, then from the recipe's own. A name on the
     Hugging Face Hub is looked for in the local cache. Raises RecipeError that names each place that was tried.
     """
-    return locate(reference, recipe.origin, recipe.directory)
+    return locate(reference, recipe.origin, *recipe.directories)
 
 
-def parse_recipe(text: str, origin: str, directory: Path | None = None) -> Recipe:
+def parse_recipe(text: str, origin: str, *directories: Path) -> Recipe:
     """Return the recipe that ``text`` holds; every RecipeError starts with ``origin`` and, where known, the line.
 
     Of several documents it is the one without a name, or else the one whose result no other merges; the others are
     its ``inner`` recipes.
     """
     documents = [_table(item, origin) for item in parse_documents(text, origin)]
-    recipes = [_recipe(document, text, origin, directory) for document in documents]
+    recipes = [_recipe(document, text, origin, directories) for document in documents]
     if len(recipes) == 1:
         return recipes[0]
     return _joined(recipes, documents)
@@ -110,7 +116,7 @@ def _table(document: Item, origin: str) -> TableItem:
     return document
 
 
-def _recipe(document: TableItem, text: str, origin: str, directory: Path | None) -> Recipe:
+def _recipe(document: TableItem, text: str, origin: str, directories: tuple[Path, ...]) -> Recipe:
     """Return the recipe of one document, without those that it may refer to."""
     check_keys(document, _KEYS, misplaced.IN_RECIPES, "a recipe")
     method = _method(document)
@@ -131,7 +137,7 @@ def _recipe(document: TableItem, text: str, origin: str, directory: Path | None)
         parameters=parameters,
         text=text,
         origin=origin,
-        directory=directory,
+        directories=directories,
         name=_name(document),
         tokenizer=read_tokenizer(document),
         chat_template=read_chat_template(document.get("chat_template")),

@@ -122,7 +122,7 @@ def _check_keys(table: TableItem, known: tuple[str, ...], what: str) -> None:
             raise entry.place.error(f"{quote(entry.key)} is not a key of {what}; {suggestion(entry.key, known)}")
 
 
-def locate(reference: ModelReference, origin: str, *directories: Path | None, kind: str = "model") -> Path:
+def locate(reference: ModelReference, origin: str, *directories: Path, kind: str = "model") -> Path:
     """Return the absolute path of the directory that holds ``reference``, whose adapter is not looked for.
 
     Local directories come first: relative to the current directory, then to each of ``directories``. What may be a name
@@ -161,13 +161,12 @@ def locate(reference: ModelReference, origin: str, *directories: Path | None, ki
         ) from error
 
 
-def _local_candidates(text: str, directories: tuple[Path | None, ...]) -> Iterator[Path]:
+def _local_candidates(text: str, directories: tuple[Path, ...]) -> Iterator[Path]:
     path = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
     with suppress(FileNotFoundError):  # where the current directory was removed under us
         yield _absolute(path)
     for directory in directories:
-        if directory is not None:
-            yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
+        yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
 
 
 def _kind(path: Path, what: str) -> Literal["directory", "file"] | None:
