@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Family, family
+from examples import METHODS, Families, FamilyKind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounting import environment, mounted_recipes, run_mergefs, wait_for
@@ -145,6 +146,24 @@ def test_budget_0_is_the_base_in_the_dtypes_of_the_recipe(
                 expected = expected.to(getattr(torch, step)) if step else expected
             assert same_bits(model.get_tensor(tensor), expected), tensor
         assert model.bytes_read["expert_bytes_read"] == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_holds_for_every_method_and_leaves_the_base_where_it_buys_nothing(
+    tmp_path: Path, families: Families, name: str
+) -> None:
+    made, merge = families(FamilyKind()), METHODS[name]
+    recipe = write_recipe(tmp_path / "recipe.yml", merge, made)
+    stands_in = stand_in(merge, made)
+    with open_model(recipe, budget="0", base=stands_in) as model:
+        for tensor, stored in tensors_of(made.base).items():
+            assert same_bits(model.get_tensor(tensor), stored), tensor
+    with open_model(recipe, budget="50%", base=stands_in) as model:
+        for tensor in model.keys():  # noqa: SIM118 (a safetensors interface)
+            assert bool(model.get_tensor(tensor).isfinite().all())
+        outcome = model.plan.outcome
+        assert outcome.budget_bytes is not None
+        assert 0 < model.bytes_read["expert_bytes_read"] == outcome.expert_bytes_planned <= outcome.budget_bytes
 
 
 @pytest.mark.parametrize("name", MERGES)
