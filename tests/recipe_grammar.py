@@ -159,6 +159,8 @@ class Grammar:
         return self._value(parameter) if self._often(0.7) else [self._value(parameter) for _ in range(2)]
 
     def _value(self, parameter: Parameter) -> Any:
+        if self._often(0.04):
+            return self._chance.choice(EXTREMES[:22])
         if parameter.kind == "bool":
             return self._chance.choice([True, False])
         if parameter.kind == "int":

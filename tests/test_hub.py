@@ -301,7 +301,7 @@ def test_a_recipe_names_where_it_looked_before_the_hub_said_no(hub: FakeHub, tmp
     with pytest.raises(RecipeError) as caught:
         find_model(recipe.models[0].model, recipe)
     said = str(caught.value)
-    assert said.startswith("r.yml: model 'org/other' was not found at '")
+    assert said.startswith("r.yml:2: model 'org/other' was not found at '")
     assert f"nor in the Hugging Face cache at '{tmp_path / 'huggingface' / 'hub'}'; the Hub at {hub.endpoint}" in said
 
 

@@ -237,9 +237,14 @@ def test_float32_is_rounded_to_bfloat16_as_by_torch(patterns: list[int]) -> None
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
 @given(value=st.floats(-1e6, 1e6) | st.sampled_from([0.1, 1 / 3, 65504.0, 65520.0, 1e-8, 6e-8]))
 def test_a_number_of_the_recipe_becomes_what_torch_makes_of_it(dtype: DType, value: float) -> None:
-    with np.errstate(over="ignore"):
-        found = float(Precision(dtype).scalar(value))
+    found = float(Precision(dtype).scalar(value))
     assert found == float(torch.tensor(value, dtype=getattr(torch, dtype.torch_name)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=lambda dtype: dtype.name)
+def test_a_number_of_the_recipe_that_is_too_large_becomes_infinite_without_a_warning(dtype: DType) -> None:
+    assert float(Precision(dtype).scalar(-1e300)) == -math.inf
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=lambda dtype: dtype.name)

@@ -53,9 +53,10 @@ class Precision:
         return values
 
     def scalar(self, value: float) -> np.float32 | np.float64:
-        """Return a Python number as torch turns one into a tensor of this dtype."""
-        array: Array = np.array([value], dtype=self.carrier)
-        rounded: np.float32 | np.float64 = self.round(array)[0]
+        """Return a Python number as torch turns one into a tensor of this dtype: one that is too large as infinity."""
+        with np.errstate(over="ignore"):
+            array: Array = np.array([value], dtype=self.carrier)
+            rounded: np.float32 | np.float64 = self.round(array)[0]
         return rounded
 
     def magnitude_keys(self, values: Array) -> NDArray[np.uint32]:

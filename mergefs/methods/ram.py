@@ -134,10 +134,12 @@ class RamPlus(Ram):
         plain = super().coefficients(context, answers)
         number = Precision(F32).carrier
         boosts: list[float] = []
-        for alone, shared in self._counts(context):
-            least = np.maximum(number(answers.number(alone)), number(context.number("epsilon")))
-            part = np.clip(number(answers.number(shared)) / least, 0, number(context.number("alpha")))
-            boosts.append(float(number(1) + number(context.number("r")) * part))
+        with np.errstate(all="ignore"):
+            for alone, shared in self._counts(context):
+                least = np.maximum(number(answers.number(alone)), number(context.number("epsilon")))
+                part = np.clip(number(answers.number(shared)) / least, 0, number(context.number("alpha")))
+                # With an epsilon of 0, an expert that changed nothing at all has no part in anything.
+                boosts.append(1.0 if np.isnan(part) else float(number(1) + number(context.number("r")) * part))
         return RamCoefficients(plain.base, plain.experts, plain.epsilon, tuple(boosts))
 
     def result_dtype(self, compute: DType) -> DType:

@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -23,7 +23,7 @@ class ModelReference:
 
     ``text`` is the whole reference in mergekit's short form, ``path[@revision][+adapter[@revision]]``; ``adapter`` is
     named like a model. ``architecture`` takes the place of the one in its config.json. Two references are the same
-    model when they are equal.
+    model when they are equal, wherever they stand: ``line`` is that of the recipe, None for one of the command line.
     """
 
     text: str
@@ -31,13 +31,15 @@ class ModelReference:
     revision: str | None
     adapter: "ModelReference | None"
     architecture: str | None = None
+    line: int | None = field(default=None, compare=False)
 
     @property
     def without_adapter(self) -> "ModelReference":
         """The model alone."""
         if self.adapter is None:
             return self
-        return ModelReference(self.text.removesuffix(f"+{self.adapter.text}"), self.path, self.revision, None)
+        text = self.text.removesuffix(f"+{self.adapter.text}")
+        return ModelReference(text, self.path, self.revision, None, line=self.line)
 
 
 def read_reference(entry: Entry) -> ModelReference:
@@ -73,7 +75,7 @@ def _with_adapter(entry: Entry, text: str) -> ModelReference:
 
 
 def _joined(model: ModelReference, adapter: ModelReference) -> ModelReference:
-    return ModelReference(f"{model.text}+{adapter.text}", model.path, model.revision, adapter)
+    return ModelReference(f"{model.text}+{adapter.text}", model.path, model.revision, adapter, line=model.line)
 
 
 def _located(entry: Entry, what: str) -> ModelReference:
@@ -87,7 +89,8 @@ def _located(entry: Entry, what: str) -> ModelReference:
     path = _text(path_entry)
     revision_entry = entry.value.get("revision")
     revision = None if revision_entry is None else _text(revision_entry)
-    return ModelReference(path if revision is None else f"{path}@{revision}", path, revision, None)
+    text = path if revision is None else f"{path}@{revision}"
+    return ModelReference(text, path, revision, None, line=path_entry.value.place.line)
 
 
 def _from_text(entry: Entry, text: str) -> ModelReference:
@@ -101,7 +104,7 @@ def _from_text(entry: Entry, text: str) -> ModelReference:
         raise entry.value.place.error(
             f"{quote(text)} names no {'revision' if path else 'path'}; write PATH, or PATH@REVISION"
         )
-    return ModelReference(text, path, revision if at else None, None)
+    return ModelReference(text, path, revision if at else None, None, line=entry.value.place.line)
 
 
 def _text(entry: Entry) -> str:
@@ -130,7 +133,8 @@ def locate(reference: ModelReference, origin: str, *directories: Path, kind: str
     Raises RecipeError, which calls it a ``kind`` and names each place that was tried.
     """
     reference = reference.without_adapter
-    what = f"{origin}: {kind} {quote(reference.text)}"
+    where = origin if reference.line is None else f"{origin}:{reference.line}"
+    what = f"{where}: {kind} {quote(reference.text)}"
     tried: list[Path] = []
     # A directory whose name contains an @ is more likely meant than a revision that local directories do not have.
     for text in dict.fromkeys((reference.text, reference.path)):

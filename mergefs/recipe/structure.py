@@ -87,6 +87,10 @@ class StructureReader:
             raise entry.value.place.error(f"{entry.key!r} must be a list, not {describe(entry.value)}; write {form}")
         if entry.key == "models":
             sources = self._sources(entry, entry.value, whole=True)
+            if self._base is None and self._method.base is BasePolicy.REQUIRED:
+                raise entry.place.error(
+                    f"merge_method {self._method.name} needs a base model; add `base_model: PATH` at top level"
+                )
             part = OutputSlice(tuple(source for source, _ in sources), self._base, NO_SETTINGS)
             self._check(part, entry.place, [place for _, place in sources], outer)
             return (part,)
@@ -96,6 +100,7 @@ class StructureReader:
         if not isinstance(item, TableItem):
             raise item.place.error(f"a slice must be a mapping, not {describe(item)}; write `- sources: [...]`")
         check_keys(item, _SLICE_KEYS, misplaced.IN_SLICES, "a slice")
+        _check_residual_weight(item.get("residual_weight"))
         entry = item.get("sources")
         if entry is None or not isinstance(entry.value, SequenceItem) or not entry.value.items:
             raise item.place.error(
@@ -211,6 +216,24 @@ def _empty(entry: Entry) -> bool:
     """Return whether an entry is a list or mapping without contents, as mergekit writes what is not set."""
     value = entry.value
     return (isinstance(value, SequenceItem) and not value.items) or (isinstance(value, TableItem) and not value.entries)
+
+
+def _check_residual_weight(entry: Entry | None) -> None:
+    """Refuse a residual weight that is no number; mergekit reads one, and uses it for nothing."""
+    value = None if entry is None else entry.value
+    if entry is not None and not (isinstance(value, ScalarItem) and _is_number(value.value)):
+        raise entry.value.place.error(f"{entry.key!r} must be a number, not {describe(entry.value)}; remove it")
+
+
+def _is_number(value: object) -> bool:
+    """Return whether ``value`` is a number, or text that reads as one (YAML takes 1e-3 for text)."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _layer_range(item: TableItem, model: ModelReference) -> tuple[int, int]:
