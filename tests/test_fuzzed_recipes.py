@@ -297,3 +297,16 @@ def test_a_parameter_that_mergekit_needs_is_needed(
     assert f"merge_method {name} needs the parameter {parameter!r}" in sentence
     assert re.match(rf"{re.escape(str(workshop.recipe))}:\d+: ", sentence)
     assert_named_with_a_remedy(workshop, sentence, None)
+
+
+@NO_WARNINGS
+@pytest.mark.parametrize(("name", "parameter"), PARAMETERS, ids=[f"{name}-{one}" for name, one in PARAMETERS])
+def test_a_value_at_an_extreme_is_planned_and_read_or_refused(workshop: Workshop, name: str, parameter: str) -> None:
+    """A number that no dtype holds made NumPy warn on stderr, where ``mergefs plan`` said nothing else."""
+    method = METHODS[name].specification
+    number = max(method.min_models - 1, method.min_experts, 1)
+    for value in (1e300, -1e300, 5e-324, 0.0):
+        document = with_models(
+            method, workshop.world, number, method.base is not BasePolicy.AS_INPUT, **{parameter: value}
+        )
+        assert_answered(workshop, yaml.safe_dump(document).encode(), random.Random(1))

@@ -48,11 +48,13 @@ def run_kernel(
     """
     run = _Run(method, coefficients, inputs, compute, out, start)
     merged: Raw | None = None
-    if fused and out == compute and all(dtype == compute for _, dtype in inputs):
-        merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
-    elif fused and compute in FUSED_DTYPES:
-        merged = _run_converted(run)
-    return _run_reference(run) if merged is None else merged
+    # What is too large for a dtype becomes infinite there: who asks for the bytes looks at them.
+    with np.errstate(all="ignore"):
+        if fused and out == compute and all(dtype == compute for _, dtype in inputs):
+            merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
+        elif fused and compute in FUSED_DTYPES:
+            merged = _run_converted(run)
+        return _run_reference(run) if merged is None else merged
 
 
 def _run_converted(run: _Run) -> Raw | None:
@@ -81,14 +83,13 @@ def _run_reference(run: _Run) -> Raw:
     step = max(1, _TILE // grain) * grain
     count, compute, out = run.count, run.compute, run.out
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
-    with np.errstate(all="ignore"):
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            values = tuple(
-                load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in run.inputs
-            )
-            merged = run.method.reference(Block(values, run.start + first), run.coefficients, precision)
-            result[first * out.itemsize : last * out.itemsize] = store(merged, run.method.result_dtype(compute), out)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        values = tuple(
+            load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in run.inputs
+        )
+        merged = run.method.reference(Block(values, run.start + first), run.coefficients, precision)
+        result[first * out.itemsize : last * out.itemsize] = store(merged, run.method.result_dtype(compute), out)
     return result
 
 

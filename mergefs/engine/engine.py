@@ -186,7 +186,8 @@ class Engine:
         method, context = tensor.method, tensor.context
         if method is None or context is None:
             raise ValueError("a copied tensor has no coefficients")
-        with self._gathering[tensor.name]:
+        # A number of the recipe may be too large for a dtype: what comes of it is looked at in the results.
+        with self._gathering[tensor.name], np.errstate(all="ignore"):
             if tensor.name not in self._coefficients:
                 answers = self._resources.statistics.all_answers(method, context, tensor.places)
                 self._coefficients[tensor.name] = method.coefficients(context, answers)

@@ -84,8 +84,8 @@ class Slerp(Method[SlerpCoefficients]):
             return SlerpCoefficients(base, other, float(rest), float(t))
         angle = kind(math.acos(cosine))
         sine = kind(math.sin(angle))
-        first = kind(kind(math.sin(kind(rest * angle))) / sine)
-        second = kind(kind(math.sin(kind(t * angle))) / sine)
+        first = kind(kind(_sine(kind(rest * angle))) / sine)
+        second = kind(kind(_sine(kind(t * angle))) / sine)
         return SlerpCoefficients(base, other, float(first), float(second))
 
     def reference(self, block: Block, coefficients: SlerpCoefficients, precision: Precision) -> Array:
@@ -115,6 +115,11 @@ class Slerp(Method[SlerpCoefficients]):
     def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
         """About t for the other model: the angle between fine-tunes of one base is small."""
         return tuple(0.0 if m == context.base else context.number("t") for m in range(context.models))
+
+
+def _sine(angle: float) -> float:
+    """Return the sine; NaN for an angle that has grown to infinity, as of a huge t."""
+    return math.nan if math.isinf(angle) else math.sin(angle)
 
 
 def inner_product(first: int, second: int) -> ElementSum:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from mergefs.checkpoint.dtypes import DType, promote
 from mergefs.errors import PlanError, RecipeError
 from mergefs.methods.contract import FewModels, Method, TensorContext
@@ -289,7 +291,8 @@ class _GroupPlanner:
             seed=planner.random_seed,
         )
         try:
-            method.check(context)
+            with np.errstate(all="ignore"):
+                method.check(context)
         except RecipeError as error:
             raise RecipeError(f"{recipe.origin}: {error}") from error
         for remark in method.remarks(context):
