@@ -145,6 +145,13 @@ def test_an_expert_that_changes_nothing_takes_no_part_whatever_counts_as_a_chang
     assert differing(together, alone) == {}
 
 
+@NO_WARNINGS
+def test_weights_whose_shares_are_no_numbers_do_not_keep_a_reader_waiting(workshop: Workshop) -> None:
+    """Statistics of multislerp were asked for by weights of NaN, which equal nothing, again and again."""
+    document = with_models(METHODS["multislerp"].specification, workshop.world, 2, base=False, weight=1e300)
+    assert assert_answered(workshop, yaml.safe_dump(document).encode(), random.Random(1)) == 0
+
+
 # Configs that mergekit refuses
 
 
@@ -304,7 +311,9 @@ def test_a_parameter_that_mergekit_needs_is_needed(
 def test_a_value_at_an_extreme_is_planned_and_read_or_refused(workshop: Workshop, name: str, parameter: str) -> None:
     """A number that no dtype holds made NumPy warn on stderr, where ``mergefs plan`` said nothing else."""
     method = METHODS[name].specification
-    number = max(method.min_models - 1, method.min_experts, 1)
+    number = max(
+        method.min_models - 1, method.min_experts, min(method.max_experts or 2, (method.max_models or 3) - 1), 1
+    )
     for value in (1e300, -1e300, 5e-324, 0.0):
         document = with_models(
             method, workshop.world, number, method.base is not BasePolicy.AS_INPUT, **{parameter: value}

@@ -4,6 +4,7 @@ A method is one declaration: its parameters, what it asks of its inputs, the sta
 needs, how those become a handful of coefficients for each tensor, and an elementwise kernel.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -140,6 +141,11 @@ class Quantity:
     terms: Callable[[Block, Precision], Array] = field(compare=False, repr=False)
     arguments: tuple[float, ...] = ()
     fused: Callable[[Block, Precision], Array] | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Put one and the same NaN into the arguments: others equal nothing, so the answer would never be found."""
+        arguments = tuple(math.nan if math.isnan(argument) else argument for argument in self.arguments)
+        object.__setattr__(self, "arguments", arguments)
 
 
 @dataclass(frozen=True, slots=True)
