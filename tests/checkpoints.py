@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def family(
     base_path = write_model(tmp_path / "base", base, config, shards)
     paths = []
     for number in range(experts):
-        tensors = _fine_tuned(base, dtype, seed=seed + 1000 * (number + 1), frozen=_frozen_names(base, number))
+        tensors = fine_tuned(base, dtype, seed=seed + 1000 * (number + 1), frozen=_frozen_names(base, number))
         paths.append(write_model(tmp_path / f"expert-{number + 1}", tensors, config, shards))
     return Family(base_path, tuple(paths))
 
@@ -168,9 +169,10 @@ def _frozen_names(base: dict[str, torch.Tensor], number: int) -> set[str]:
     return {"model.norm.weight", projections[number % len(projections)]}
 
 
-def _fine_tuned(
-    base: dict[str, torch.Tensor], dtype: torch.dtype, *, seed: int, frozen: set[str]
+def fine_tuned(
+    base: dict[str, torch.Tensor], dtype: torch.dtype, *, seed: int, frozen: Collection[str]
 ) -> dict[str, torch.Tensor]:
+    """Return the base plus small random deltas: none in a fifth of the elements, and none in ``frozen`` tensors."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in base.items():
