@@ -30,6 +30,7 @@ from mergekit.merge_methods import (
     sce,
     slerp,
 )
+from mergekit.merge_methods.base import FunctionalGroupMergeMethod
 from mergekit.options import MergeOptions
 from mergekit.scripts import multimerge
 from tensors import Tensors, load_model
@@ -43,10 +44,21 @@ multislerp = importlib.import_module("mergekit.merge_methods.multislerp")
 def mergekit_merge(document: Mapping[str, Any], **options: Any) -> Tensors:
     """Return what ``mergekit-yaml`` writes for the recipe ``document``; ``options`` are those of its command line."""
     configuration = MergeConfiguration.model_validate(dict(document))
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _one_thread():
         settings = {"quiet": True, "write_model_card": False, "copy_tokenizer": False} | options
         run_merge(configuration, directory, MergeOptions(**settings))
         return load_model(Path(directory))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch's sums not depend on how many threads there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -61,13 +73,14 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 class _TorchBut:
-    """The module torch with some functions replaced, to be put into a single module of mergekit."""
+    """The module torch (or what stands in its place) with some functions replaced, for a single module of mergekit."""
 
-    def __init__(self, **functions: Any) -> None:
+    def __init__(self, behind: Any = torch, **functions: Any) -> None:
+        self._behind = behind
         self._functions = functions
 
     def __getattr__(self, name: str) -> Any:
-        return self._functions.get(name) or getattr(torch, name)
+        return self._functions.get(name) or getattr(self._behind, name)
 
 
 # Equal magnitudes
@@ -179,6 +192,79 @@ def our_random_masks(seed: int = 0, exact_ratio: bool = False) -> Iterator[None]
         ):
             stack.enter_context(_replaced(owner, name, value))
         yield
+
+
+# What is selected
+
+
+@dataclass
+class Selections:
+    """Notes what mergekit selects: for each tensor one mask after the other, or single values that decide of all."""
+
+    _tensor: str = ""
+    _masks: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def enter(self, tensor: str) -> None:
+        """Say which tensor is merged next."""
+        self._tensor = tensor
+
+    def note(self, mask: torch.Tensor) -> None:
+        """Take a mask of the tensor that is merged, or a value that decides of the whole of it."""
+        self._masks.setdefault(self._tensor, []).append(mask)
+
+    def differing(self, other: "Selections", tensor: str) -> torch.Tensor | None:
+        """Return of which elements of a tensor ``other`` decides otherwise, or None where nothing was decided."""
+        ours, theirs = self._masks.get(tensor, []), other._masks.get(tensor, [])
+        if len(ours) != len(theirs):
+            return torch.tensor(True)
+        found = [first != second for first, second in zip(ours, theirs, strict=True)]
+        return torch.stack(found).any(dim=0) if found else None
+
+
+@contextlib.contextmanager
+def selections_noted() -> Iterator[Selections]:
+    """Let mergekit merge as it does, and note what it selects: by density, variance or importance.
+
+    For karcher in float16, where cosines near 1 have steps of 0.0005, the cosines are noted: they decide on angles.
+    """
+    noted = Selections()
+
+    def merge_group(method: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
+        noted.enter(group.metadata.name)
+        merged: torch.Tensor = before[type(method)](method, group, **parameters)
+        return merged
+
+    def noting(function: Callable[..., Any], mask_of: Callable[[Any], torch.Tensor]) -> Callable[..., Any]:
+        def noted_call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            noted.note(mask_of(result))
+            return result
+
+        return noted_call
+
+    def dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch_of_karcher.dot(first, second)
+        if found.dtype == torch.float16:
+            noted.note(found)
+        return found
+
+    torch_of_karcher = karcher.torch
+    pruning = generalized_task_arithmetic.GeneralizedTaskArithmeticMerge
+    before = {kind: kind.merge_group for kind in (pruning, FunctionalGroupMergeMethod)}
+    fusion = arcee_fusion.DynamicThresholdFusion
+    with (
+        _replaced(pruning, "merge_group", merge_group),
+        _replaced(FunctionalGroupMergeMethod, "merge_group", merge_group),
+        _replaced(
+            generalized_task_arithmetic,
+            "sparsify",
+            noting(generalized_task_arithmetic.sparsify, lambda pruned: pruned != 0),
+        ),
+        _replaced(karcher, "torch", _TorchBut(torch_of_karcher, dot=dot)),
+        _replaced(sce, "sce_mask", noting(sce.sce_mask, torch.Tensor.bool)),
+        _replaced(fusion, "compute_fusion_mask", noting(fusion.compute_fusion_mask, lambda found: found[0].bool())),
+    ):
+        yield noted
 
 
 # The angle of slerp
