@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import Family
 from mounting import mounted_recipes
-from recipes import Merge, write_recipe
+from recipes import Merge, recipe_document, write_document, write_recipe
 
 from mergefs.checkpoint.dtypes import BF16
 from mergefs.checkpoint.header import encode_header
@@ -21,11 +21,12 @@ CACHE = 64 * 2**20
 ALLOWED = CACHE + 300 * 10**6
 """Bytes of resident memory that reading may ever take: fewer than one of the models has."""
 
+LAYERS = 17
 SHAPES = {
     "model.embed_tokens.weight": (65536, 1024),
     **{
         f"model.layers.{layer}.{name}.weight": shape
-        for layer in range(17)
+        for layer in range(LAYERS)
         for name, shape in {
             "input_layernorm": (1024,),
             "self_attn.q_proj": (1024, 1024),
@@ -65,7 +66,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
 def write_model(directory: Path, seed: int) -> Path:
     """Write a model of random weights between 2**-15 and 2**-8 in magnitude, made from one pool of such numbers."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
+    config = {"model_type": "llama", "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config))
     generator = np.random.default_rng(seed)
     pool = generator.integers(0, 2**16, 2**23, dtype=np.uint16)
     pool = (pool & np.uint16(0x83FF)) | np.uint16(0x3800)
@@ -108,4 +110,21 @@ def test_reading_a_mount_takes_no_more_memory_than_its_cache_and_300_mb(
             assert int(process.communicate(timeout=240)[0]) == path.stat().st_size > WEIGHT_BYTES
         peak = peak_memory(mount.pid)
     print(f"{name}, {readers} readers: {peak / 10**6:.0f} MB")
+    assert peak < ALLOWED
+
+
+def test_neither_does_a_merge_of_slices_of_another_merge(models: Family, tmp_path: Path) -> None:
+    inner = {**recipe_document(MERGES["ties"], models), "name": "inner"}
+    parts: list[tuple[Path | str, int, int]] = [("inner", 0, 12), (models.experts[2], 3, 12), ("inner", 5, LAYERS)]
+    outer = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": str(model), "layer_range": [start, stop]}]} for model, start, stop in parts],
+    }
+    recipe = write_document(tmp_path / "recipe.yml", [inner, outer])
+    options = ["--cache-size", str(CACHE)]
+    with mounted_recipes(recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state", options=options) as mount:
+        path = tmp_path / "mnt" / "model.safetensors"
+        assert int(reader(path).communicate(timeout=240)[0]) == path.stat().st_size > 10**9
+        peak = peak_memory(mount.pid)
+    print(f"slices of a merge: {peak / 10**6:.0f} MB")
     assert peak < ALLOWED
