@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import shutil
@@ -216,6 +217,28 @@ def test_a_name_that_no_file_can_have(workspace: Workspace, refusal: Refusal, ar
     sentence = refusal(command, *paths)
     assert long in sentence
     assert os.strerror(errno.ENAMETOOLONG) in sentence
+
+
+@pytest.mark.parametrize("command", ["plan", "analyze", "materialize"])
+def test_a_recipe_in_a_directory_that_is_closed_to_the_user(
+    workspace: Workspace, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The system calls refuse, as they do for everybody but root."""
+    closed = workspace.directory / "closed"
+
+    def refuse(call: Callable[..., Any]) -> Callable[..., Any]:
+        def refused(path: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(closed):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *arguments, **options)
+
+        return refused
+
+    for owner, name in ((os, "stat"), (os, "lstat"), (io, "open")):
+        monkeypatch.setattr(owner, name, refuse(getattr(owner, name)))
+    out = [workspace.output] if command == "materialize" else []
+    sentence = refusal(command, closed / "recipe.yml", *out)
+    assert f"{closed / 'recipe.yml'}: cannot be read ({os.strerror(errno.EACCES)})" in sentence
 
 
 def test_a_directory_without_recipes(workspace: Workspace, refusal: Refusal) -> None:

@@ -244,6 +244,7 @@ class _Server:
         is_ours = self.options.log_file is None and not log_file.exists()
         logs.remove_handlers()
         logs.set_levels(self.options.verbose)
+        logs.add_void()  # for a log file that cannot be written
         terminal = logs.add_terminal(logging.INFO if self.options.verbose else logging.WARNING)
 
         def announce() -> None:

@@ -84,6 +84,11 @@ def add_stream() -> logging.Handler:
     return _install(handler)
 
 
+def add_void() -> logging.Handler:
+    """Let records go that no other handler takes; Python would print them."""
+    return _install(logging.NullHandler())
+
+
 def _install(handler: logging.Handler) -> logging.Handler:
     """Give all records to ``handler``."""
     logging.getLogger().addHandler(handler)

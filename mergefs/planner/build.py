@@ -68,7 +68,8 @@ def make_plan(
     """Return the plan of ``recipe`` and keep it in the catalog.
 
     Without a budget only headers are read. A budget below all expert bytes needs block statistics: what is missing is
-    gathered first, which reads the models once and is counted in the ledger as analysis.
+    gathered first, which reads the models once for the blocks and again for what the method asks for. The ledger
+    counts that as analysis.
     """
     drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
