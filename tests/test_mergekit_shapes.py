@@ -226,6 +226,7 @@ def test_a_nan_in_the_data_is_served_and_does_not_fail_a_read(tmp_path: Path, na
         (Merge("arcee_fusion", ({}, {})), ("takes exactly 2 models, the base counted", "has 3", "remove models")),
         (Merge("karcher", ({}, {}), {"max_iter": 2.5}, False), ("'max_iter' must be a whole number, not 2.5",)),
         (Merge("karcher", ({}, {}), {"max_iter": -1}, False), ("'max_iter' must be at least 0, not -1",)),
+        (Merge("karcher", ({}, {}), {"max_iter": 101}, False), ("at most 100 steps", "set it to 100 or less")),
         (Merge("karcher", ({}, {}), {"tol": -1}, False), ("'tol' must be at least 0",)),
         (Merge("sce", ({}, {}), {"select_topk": 1.5}), ("'select_topk' must be between 0 and 1",)),
     ],

@@ -7,11 +7,12 @@ are computed anew from the inputs, since no statistic may keep a whole tensor.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, F64
+from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import arc_cosine, cosine, sine
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
@@ -34,6 +35,9 @@ from mergefs.methods.norms import Norms, ask_norms, known_norms
 
 if TYPE_CHECKING:
     from mergefs.kernels.fused import karcher as kernel
+
+_MOST_STEPS: Final = 100
+"""What a step costs grows with the steps before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,15 @@ class Karcher(Method[KarcherCoefficients]):
         base=BasePolicy.AS_INPUT,
         needs="the norms of the tensors, then up to three sums for each step towards the centre",
     )
+
+    def check(self, context: TensorContext) -> None:
+        """Refuse more steps than anybody waits for: each needs sums over the whole tensor, along all steps before."""
+        if context.number("max_iter") > _MOST_STEPS:
+            raise RecipeError(
+                f"tensor {context.name!r}: karcher walks at most {_MOST_STEPS} steps, and `max_iter` is "
+                f"{context.number('max_iter'):g}; set it to {_MOST_STEPS} or less, since the walk ends where a step is "
+                "shorter than `tol`"
+            )
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """The squared norms; nothing for a lone model, which is the result."""
