@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -636,6 +637,21 @@ def test_a_written_model_that_is_not_as_it_was_written(
 
 def test_a_directory_that_mergefs_did_not_write(workspace: Workspace, refusal: Refusal) -> None:
     assert str(workspace.expert) in refusal("verify", workspace.expert)
+
+
+def test_verification_from_where_relative_paths_mean_nothing(
+    workspace: Workspace, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace.directory)
+    document = recipe_document(MERGES["ties"], workspace.family)
+    text = json.dumps(document).replace(f"{workspace.directory}/", "./")
+    (workspace.directory / "relative.yml").write_text(text)
+    assert main(["materialize", "relative.yml", "out"]) == 0
+    assert main(["verify", "--deep", "out"]) == 0
+    monkeypatch.chdir(workspace.mountpoint)
+    sentence = refusal("verify", "--deep", workspace.output)
+    assert "'./models/expert-1' was not found at " in sentence
+    assert "try again from where the model was written" in sentence
 
 
 def test_verification_against_other_sources(workspace: Workspace, written: Path, refusal: Refusal) -> None:

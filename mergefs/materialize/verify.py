@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
-from mergefs.errors import VerificationError
+from mergefs.errors import RecipeError, VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME, FileEntry, read_manifest
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.progress import Progress, Silence
@@ -83,7 +83,12 @@ def verify_deep(directory: Path, resources: Workspace, progress: Progress | None
         write_model_card=provenance.write_model_card,
     )
     listener = progress or Silence()
-    plan = make_plan(recipe, options, resources, listener)
+    try:
+        plan = make_plan(recipe, options, resources, listener)
+    except RecipeError as error:
+        raise VerificationError(
+            f"{error} (relative paths count from the current directory: try again from where the model was written)"
+        ) from error
     files = ModelFiles(plan, resources, strict=True)
     listener.start("recomputing", sum(files.sizes.values()))
     for name, size in files.sizes.items():
