@@ -44,6 +44,100 @@ LLAMA = Architecture("LlamaForCausalLM", "LlamaConfig", _DECODER)
 QWEN2_TIED = Architecture("Qwen2ForCausalLM", "Qwen2Config", {**_DECODER, "tie_word_embeddings": True})
 MISTRAL = Architecture("MistralForCausalLM", "MistralConfig", {**_DECODER, "head_dim": 8})
 GEMMA = Architecture("GemmaForCausalLM", "GemmaConfig", {**_DECODER, "head_dim": 16})
+GPT2 = Architecture(
+    "GPT2LMHeadModel",
+    "GPT2Config",
+    {
+        "n_embd": 16,
+        "n_layer": 12,
+        "n_head": 2,
+        "n_positions": 32,
+        "vocab_size": 96,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)
+QWEN2_VL = Architecture(
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2VLConfig",
+    {
+        "text_config": {
+            **_DECODER,
+            "rope_parameters": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+            "mlp_ratio": 2,
+        },
+        "vocab_size": 96,
+        "image_token_id": 90,
+        "video_token_id": 91,
+        "vision_start_token_id": 92,
+        "vision_end_token_id": 93,
+    },
+)
+FLORENCE2 = Architecture(
+    "Florence2ForConditionalGeneration",
+    "Florence2Config",
+    {
+        "text_config": {
+            "model_type": "bart",
+            "vocab_size": 96,
+            "d_model": 16,
+            "encoder_layers": 3,
+            "decoder_layers": 3,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "max_position_embeddings": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "vision_config": {
+            "embed_dim": [8, 16],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "window_size": 4,
+            "projection_dim": 16,
+            "max_temporal_embeddings": 4,
+            "max_position_embeddings": 8,
+        },
+        "image_token_id": 90,
+        "is_encoder_decoder": True,
+    },
+)
+WHISPER = Architecture(
+    "WhisperForConditionalGeneration",
+    "WhisperConfig",
+    {
+        "vocab_size": 96,
+        "num_mel_bins": 8,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "d_model": 16,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_source_positions": 20,
+        "max_target_positions": 16,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 3,
+    },
+)
 
 
 def make_model(
