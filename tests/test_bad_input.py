@@ -48,16 +48,10 @@ from bad_inputs import (
 from checkpoints import Family, family
 from mounting import mounted_recipes, run_mergefs
 from recipes import MERGES, recipe_document, write_document, write_recipe
+from sentences import the_sentence
 
 from mergefs.cli import main
 from mergefs.mount.mountinfo import all_mounts
-
-REMEDY = re.compile(
-    r"[;:,] (?:(?:and|or|in a container|for example|so) )*"
-    r"(add|change|check|choose|complete|convert|correct|delete|download|fold|free|give|install|leave|list|make|materialize"
-    r"|mount|move|name|put|raise|remove|rename|repair|restore|run|set|stop|upgrade|use|wait|write|did you mean"
-    r"|only models|everything in it can be rebuilt|the sources or the model changed)\b"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +118,6 @@ def nothing_left_behind(directory: Path) -> Iterator[None]:
     assert everything_below(directory) == entries
     assert [m for m in all_mounts() if m.mountpoint.is_relative_to(directory)] == mounts
     assert processes_about(directory) == []
-
-
-def the_sentence(status: int, stdout: str, stderr: str, expected_status: int = 1) -> str:
-    """Return the one sentence of a failed command."""
-    assert (status, stdout) == (expected_status, ""), stderr
-    assert stderr.startswith("mergefs: error: "), stderr
-    assert stderr.count("\n") == 1, stderr
-    assert "Traceback" not in stderr
-    assert "internal error" not in stderr
-    sentence = stderr.removeprefix("mergefs: error: ").strip()
-    assert REMEDY.search(sentence), f"no remedy: {sentence}"
-    return sentence
 
 
 @pytest.fixture
