@@ -342,10 +342,37 @@ def _settled_norm(values: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 _SUM = torch.Tensor.sum
+_MEAN = torch.Tensor.mean
 
 
 def _exact_sum(values: torch.Tensor, **options: Any) -> torch.Tensor:
     return _SUM(values.double(), **options).to(values.dtype)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: with more, sums of more than 32,768 elements come out differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _settled_sum(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return torch's sum on one thread in float32, else an exact one, rounded.
+
+    Sums over columns that lie apart in memory, which torch adds up in yet another order, are exact.
+    """
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        return _exact_sum(values, **options)
+    with one_thread():
+        return _SUM(values, **options)
+
+
+def _settled_mean(values: torch.Tensor, **options: Any) -> torch.Tensor:
+    return _MEAN(values, **options) if values.dtype == torch.float32 else _exact_mean(values, **options)
 
 
 def _exact_mean(values: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -354,11 +381,11 @@ def _exact_mean(values: torch.Tensor, **options: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Let mergekit's model_stock take inner products and means in float64 and round them once."""
+    """Let mergekit's model_stock take inner products and means in float64 and round them once, but for float32."""
     with (
         _replaced(model_stock, "torch", _TorchBut(norm=_settled_norm)),
-        _replaced(torch.Tensor, "sum", _exact_sum),
-        _replaced(torch.Tensor, "mean", _exact_mean),
+        _replaced(torch.Tensor, "sum", _settled_sum),
+        _replaced(torch.Tensor, "mean", _settled_mean),
     ):
         yield
 
@@ -366,9 +393,9 @@ def exact_products() -> Iterator[None]:
 # Directions: nuslerp, multislerp, karcher
 
 
-def _exact_row_sum(values: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    """Take sums over whole tensors, which keep the dimension, in float64; those over models are as they are."""
-    return _exact_sum(values, dim=-1, keepdim=True) if options else _SUM(values, *arguments)
+def _settled_row_sum(values: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """Settle sums over whole tensors, which keep the dimension; those over models are as they are."""
+    return _settled_sum(values, dim=-1, keepdim=True) if options else _SUM(values, *arguments)
 
 
 def _exact_dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -377,14 +404,17 @@ def _exact_dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exact_directions() -> Iterator[None]:
-    """Let mergekit take inner products of directions in float64 and round them once, and sines and such."""
+    """Let mergekit take inner products of directions in float64 and round them once, and sines and such.
+
+    In float32 inner products are torch's own on one thread, but for those of karcher.
+    """
     functions = {name: _rounded(getattr(torch, name)) for name in ("sin", "cos", "acos", "arccos")}
-    by_norm = _TorchBut(norm=_settled_norm, sum=_exact_sum, **functions)
+    by_norm = _TorchBut(norm=_settled_norm, sum=_settled_sum, **functions)
     by_vector_norm = _TorchBut(dot=_exact_dot, **functions)
     with (
         _replaced(nuslerp, "torch", by_norm),
         _replaced(multislerp, "torch", by_norm),
-        _replaced(torch.Tensor, "sum", _exact_row_sum),
+        _replaced(torch.Tensor, "sum", _settled_row_sum),
         _replaced(karcher, "torch", by_vector_norm),
     ):
         yield

@@ -16,6 +16,7 @@ from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
 from mergefs.kernels.precision import Array, Precision, load
+from mergefs.kernels.sums import PartialSums, row_sums
 from mergefs.methods.contract import (
     Answer,
     Answers,
@@ -26,6 +27,7 @@ from mergefs.methods.contract import (
     ElementSums,
     ElementThreshold,
     RowValues,
+    SingleSums,
     Threshold,
 )
 from mergefs.sources import blocks
@@ -96,13 +98,14 @@ def test_sums_rows_and_columns_are_those_of_the_whole_tensor(
         highest: Array = block.inputs[0].reshape(-1, row).max(axis=1)
         return highest
 
-    total, totals, highest, by_column = ask(
+    total, totals, singles, highest, by_column = ask(
         tmp_path,
         compute,
         tensors,
         [
             ElementSum("difference", (0, 1), difference),
             ElementSums("both", (0, 1), both, count=3),
+            SingleSums("both", (0, 1), both, count=3),
             RowValues("highest", (1,), of_rows, row=row),
             ColumnSums("columns", (0,), first_input, columns=columns),
         ],
@@ -110,6 +113,7 @@ def test_sums_rows_and_columns_are_those_of_the_whole_tensor(
     a, b = (tensor.double().numpy() for tensor in tensors)
     assert total == (a - b).sum()
     assert np.array_equal(totals, [a.sum(), b.sum(), (a - b).sum()])
+    assert np.array_equal(singles, totals)
     assert np.array_equal(highest, b.reshape(-1, row).max(axis=1))
     assert np.array_equal(by_column, a.reshape(-1, columns).sum(axis=0))
 
@@ -139,6 +143,23 @@ def test_sums_are_correctly_rounded_over_blocks(tmp_path: Path) -> None:
     (total,) = ask(tmp_path, F32, [tensor], [ElementSum("sum", (0,), first_input)])
     exact = sum(Fraction(float(value)) for value in tensor.flatten())
     assert total == float(exact)
+
+
+@pytest.mark.parametrize("shape", [(5,), (40, 37), (33, 1), (3, 4000)], ids=str)
+def test_float32_sums_do_not_depend_on_blocks(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
+    wanted = SingleSums("both", (0, 1), lambda block, _: np.stack(block.inputs), count=2)
+    (found,) = ask(tmp_path, F32, tensors, [wanted])
+    assert np.array_equal(found, row_sums(np.stack([tensor.flatten().numpy() for tensor in tensors])))
+
+
+@given(size=st.integers(0, 3000), cuts=st.lists(st.integers(0, 3000), max_size=8))
+def test_float32_sums_do_not_depend_on_where_a_vector_is_cut(size: int, cuts: list[int]) -> None:
+    values = np.random.default_rng(size).normal(0.3, 1, (2, size)).astype(np.float32)
+    partial = PartialSums.begin(2, size)
+    for piece in np.split(values, sorted(min(cut, size) for cut in cuts), axis=1):
+        partial = partial.add(piece)
+    assert np.array_equal(partial.finish(), row_sums(values))
 
 
 # Order
@@ -256,6 +277,7 @@ def test_answers_are_kept_and_each_question_has_its_own(tmp_path: Path) -> None:
         RowValues("values", (0,), lambda block, _: block.inputs[0].reshape(-1, 3).max(axis=1), row=3),
         ColumnSums("values", (0,), first_input, columns=6),
         ColumnSums("values", (0,), first_input, columns=2),
+        SingleSums("values", (0,), lambda block, _: np.stack(block.inputs), count=1),
     )
     with Catalog(tmp_path / "catalog") as catalog:
         service = StatisticsService(catalog, SourceReader(ledger))

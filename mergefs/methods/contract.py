@@ -164,6 +164,16 @@ class ElementSums(Quantity):
 
 
 @dataclass(frozen=True, slots=True)
+class SingleSums(Quantity):
+    """Asks for the sums of ``count`` quantities of F32, added up in float32 in torch's order on one thread.
+
+    Their terms are an array with a row for each of them. The answer is a ``Vector`` of ``count`` sums.
+    """
+
+    count: int = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
 class ElementNorms(Quantity):
     """Asks for the Euclidean norms of ``count`` quantities, added up in float32 in torch's order.
 
@@ -221,6 +231,7 @@ Statistic = (
     | MagnitudeRescale
     | ElementSum
     | ElementSums
+    | SingleSums
     | ElementNorms
     | ElementThreshold
     | ElementQuantile
@@ -279,7 +290,7 @@ class Answers:
             raise TypeError(f"a number was asked for and {answer!r} was answered")
         return answer
 
-    def vector(self, statistic: ElementSums | ElementNorms | RowValues | ColumnSums) -> Vector:
+    def vector(self, statistic: ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums) -> Vector:
         """Return the answer to a statistic that is several numbers."""
         answer = self.values[statistic]
         if not isinstance(answer, np.ndarray):

@@ -1,5 +1,6 @@
 """Model Stock (Jang et al. 2024, arXiv 2403.19522): how far to go from the base to the experts' mean, from angles."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +16,6 @@ from mergefs.methods.contract import (
     Answers,
     BasePolicy,
     Block,
-    ElementSum,
     FewModels,
     Method,
     Parameter,
@@ -26,6 +26,7 @@ from mergefs.methods.contract import (
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
+from mergefs.methods.sums import Sums, ask_sums, sums_across_vectors, sums_of_rows
 
 _SMALLEST_PRODUCT = 1e-6
 _SINGULAR = 1e-6
@@ -33,12 +34,16 @@ _SINGULAR = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ModelStockCoefficients:
-    """How much of the experts' mean enters, or None where each row of ``row`` elements has a share of its own."""
+    """How much of the experts' mean enters, or None where each of ``rows`` rows has a share of its own.
+
+    ``row`` is how many elements these have.
+    """
 
     base: int
     experts: tuple[int, ...]
     row: int
     share: float | None
+    rows: int = 1
 
 
 class ModelStock(Method[ModelStockCoefficients]):
@@ -80,9 +85,11 @@ class ModelStock(Method[ModelStockCoefficients]):
             norms = [
                 precision.round(np.array([norm], precision.carrier)) for norm in known_norms(answers, _norms(context))
             ]
-            products = [np.array([answers.number(wanted)]) for wanted in _products(context)]
-            share = float(_share(norms, products, precision)[0])
-        return ModelStockCoefficients(context.base, context.experts, context.row, share)
+            products = [answers.vector(wanted) for wanted in _products(context)]
+            cosines = _cosines(norms, products, precision)
+            share = float(_share(sums_of_rows(np.stack(cosines, axis=1), precision), len(norms), precision)[0])
+        rows = context.size // max(1, context.row)
+        return ModelStockCoefficients(context.base, context.experts, context.row, share, rows)
 
     def grain(self, coefficients: ModelStockCoefficients) -> int:
         """Return a row where each has a share of its own."""
@@ -94,7 +101,9 @@ class ModelStock(Method[ModelStockCoefficients]):
         experts = [block.inputs[model] for model in coefficients.experts]
         share: Array = np.array([coefficients.share], dtype=base.dtype)
         if coefficients.share is None:
-            share = np.repeat(_share_of_rows(base, experts, coefficients.row, precision), coefficients.row)
+            first_row = block.start // coefficients.row
+            shares = _share_of_rows(base, experts, (coefficients.row, first_row, coefficients.rows), precision)
+            share = np.repeat(shares, coefficients.row)
         # From zero, as Python's sum begins: it makes a positive zero of a negative one.
         total = reduce(lambda first, second: precision.round(first + second), experts, np.zeros_like(base))
         mean = precision.round(total / base.dtype.type(len(experts)))
@@ -133,10 +142,11 @@ def _norms(context: TensorContext) -> Norms:
     return ask_norms(context.compute, "deltas", models, _deltas_of_block, count=len(context.experts))
 
 
-def _products(context: TensorContext) -> list[ElementSum]:
+def _products(context: TensorContext) -> list[Sums]:
     """Ask for the inner product of each pair of deltas, of elements that are rounded as torch rounds them."""
     pairs = combinations(context.experts, 2)
-    return [ElementSum("delta products", (*pair, context.base or 0), _products_of_block) for pair in pairs]
+    base = context.base or 0
+    return [ask_sums(context.compute, "delta products", (*pair, base), _products_of_block, count=1) for pair in pairs]
 
 
 def _deltas_of_block(block: Block, precision: Precision) -> Array:
@@ -146,32 +156,37 @@ def _deltas_of_block(block: Block, precision: Precision) -> Array:
 
 def _products_of_block(block: Block, precision: Precision) -> Array:
     first, second = (precision.round(values - block.inputs[2]) for values in block.inputs[:2])
-    return precision.round(first * second)
+    return precision.round(first * second)[None]
 
 
-def _share_of_rows(base: Array, experts: Sequence[Array], row: int, precision: Precision) -> Array:
-    """Return the share of each row of a block."""
+def _share_of_rows(base: Array, experts: Sequence[Array], place: tuple[int, int, int], precision: Precision) -> Array:
+    """Return the share of each row of a block; ``place`` are their length, the first one and how many there are."""
+    row, first_row, rows = place
     deltas = [precision.round(expert - base).reshape(-1, row) for expert in experts]
     norms = [norms_of_rows(delta, precision) for delta in deltas]
-    products = [
-        precision.round(first * second).astype(np.float64).sum(axis=1) for first, second in combinations(deltas, 2)
-    ]
-    return _share(norms, products, precision)
+    products = [sums_of_rows(precision.round(first * second), precision) for first, second in combinations(deltas, 2)]
+    cosines = np.stack(_cosines(norms, products, precision))
+    total = sums_across_vectors(cosines, first_row, rows, precision)
+    return _share(total, len(norms), precision)
 
 
-def _share(norms: Sequence[Array], products: Sequence[Array], precision: Precision) -> Array:
-    """Return how much of the mean enters, from norms and from inner products of each pair, in float64.
+def _cosines(norms: Sequence[Array], products: Sequence[Array], precision: Precision) -> list[Array]:
+    """Return the cosines of the angles of each pair, from norms and from inner products that are not rounded yet."""
+    kind = precision.carrier
+    cosines = []
+    for (first, second), product in zip(combinations(norms, 2), products, strict=True):
+        length = np.maximum(precision.round(first * second), precision.scalar(_SMALLEST_PRODUCT))
+        cosines.append(np.clip(precision.round(precision.round(product.astype(kind)) / length), -1, 1))
+    return cosines
+
+
+def _share(total: Array, count: int, precision: Precision) -> Array:
+    """Return how much of the mean of ``count`` experts enters, from the sum of the cosines of all pairs.
 
     The share is 0 where no finite one follows from the angles.
     """
     kind = precision.carrier
-    count = len(norms)
-    total: Array = np.zeros(norms[0].shape, dtype=np.float64)
-    for (first, second), product in zip(combinations(norms, 2), products, strict=True):
-        length = np.maximum(precision.round(first * second), precision.scalar(_SMALLEST_PRODUCT))
-        cosine = np.clip(precision.round(precision.round(product.astype(kind)) / length), -1, 1)
-        total = total + cosine
-    cosine = precision.round((total / len(products)).astype(kind))
+    cosine = precision.round((total / total.dtype.type(math.comb(count, 2))).astype(kind))
     denominator = precision.round(kind(1) + precision.round(kind(count - 1) * cosine))
     singular = np.abs(denominator) < precision.scalar(_SINGULAR)
     share = precision.round(precision.round(kind(count) * cosine) / np.where(singular, kind(1), denominator))

@@ -11,16 +11,17 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mergefs.checkpoint.dtypes import F32
 from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import cosine, sine
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.kernels.sums import row_sums
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
     BasePolicy,
     Block,
-    ElementSums,
     Method,
     Parameter,
     RawRun,
@@ -30,6 +31,7 @@ from mergefs.methods.contract import (
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
+from mergefs.methods.sums import Sums, ask_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,9 @@ def _given_weights(context: TensorContext) -> list[float]:
 
 
 def _added(numbers: Sequence[float], precision: Precision) -> float:
-    """Return the sum of values of the compute dtype, accumulated in order and rounded once."""
+    """Return the sum of values of the compute dtype, accumulated as torch does and rounded once."""
+    if precision.dtype == F32:
+        return float(row_sums(np.array([numbers], dtype=np.float32))[0])
     total = precision.carrier(0)
     for number in numbers:
         total = total + precision.carrier(number)
@@ -261,10 +265,10 @@ def _norms(context: TensorContext, name: str, known: MultislerpCoefficients, ter
     return ask_norms(context.compute, f"multislerp: {name}", models, of_block, arguments, count=count)
 
 
-def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) -> ElementSums:
+def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) -> Sums:
     """Ask for the inner products of the directions with the mean's."""
     models, of_block, arguments = _about(context, known, _projections)
-    return ElementSums("multislerp: projections", models, of_block, arguments, count=len(known.models))
+    return ask_sums(context.compute, "multislerp: projections", models, of_block, arguments, count=len(known.models))
 
 
 def _about(

@@ -22,7 +22,6 @@ from mergefs.methods.contract import (
     BasePolicy,
     Block,
     ColumnSums,
-    ElementSum,
     FewModels,
     Method,
     Parameter,
@@ -31,9 +30,9 @@ from mergefs.methods.contract import (
     Specification,
     Statistic,
     TensorContext,
-    Vector,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
+from mergefs.methods.sums import Sums, ask_sums, sums_of_rows
 
 Part = Literal["whole", "rows", "columns"]
 
@@ -126,7 +125,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
         """Turn the weights into a share, and the inner product into a turn."""
         share, turn = _share(context), None
         if _part(context) != "rows":
-            turn = _turn(_cosines(answers, _products(context, answers)), share, Precision(context.compute))
+            turn = _turn(answers.vector(_products(context, answers)), share, Precision(context.compute))
         return NuslerpCoefficients(context.base, _pair(context), share, context.row, turn)
 
     def grain(self, coefficients: NuslerpCoefficients) -> int:
@@ -260,7 +259,7 @@ def _length(norms: Array, precision: Precision) -> Array:
     return np.maximum(norms, precision.scalar(_SMALLEST_NORM))
 
 
-def _products(context: TensorContext, answers: Answers) -> ElementSum | ColumnSums:
+def _products(context: TensorContext, answers: Answers) -> Sums | ColumnSums:
     """Ask for the inner product of the two directions, for the whole or for each column."""
     lengths = _lengths(context, answers)
 
@@ -272,18 +271,11 @@ def _products(context: TensorContext, answers: Answers) -> ElementSum | ColumnSu
 
     name = "products of directions" if context.base is None else "products of directions of deltas"
     if _part(context) == "whole":
-        return ElementSum(name, _models(context), products)
+        return ask_sums(context.compute, name, _models(context), lambda *of: products(*of)[None], count=1)
     return ColumnSums(name, _models(context), products, columns=context.columns)
 
 
-def _cosines(answers: Answers, products: ElementSum | ColumnSums) -> Vector:
-    """Return the inner products: one, or one for each column."""
-    if isinstance(products, ElementSum):
-        return np.array([answers.number(products)], dtype=np.float64)
-    return answers.vector(products)
-
-
-def _turn(products: Vector, share: float, precision: Precision) -> Turn:
+def _turn(products: Array, share: float, precision: Precision) -> Turn:
     """Return how far to turn, from the inner product of two directions."""
     kind = precision.carrier
     cosine = np.clip(precision.round(products.astype(kind)), -1, 1)
@@ -299,7 +291,7 @@ def _turn_of_rows(first: Array, second: Array, coefficients: NuslerpCoefficients
     rows = [delta.reshape(-1, row) for delta in (first, second)]
     lengths = [_length(norms_of_rows(delta, precision), precision) for delta in rows]
     directions = [precision.round(delta / length[:, None]) for delta, length in zip(rows, lengths, strict=True)]
-    products = precision.round(directions[0] * directions[1]).astype(np.float64).sum(axis=1)
+    products = sums_of_rows(precision.round(directions[0] * directions[1]), precision)
     return _turn(products, coefficients.share, precision).of_elements(lambda parts: np.repeat(parts, row))
 
 

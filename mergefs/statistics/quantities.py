@@ -15,6 +15,7 @@ from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.norms import PartialNorm, row_norms
 from mergefs.kernels.precision import Array, Precision, load
+from mergefs.kernels.sums import PartialSums
 from mergefs.methods.contract import (
     Answer,
     Block,
@@ -26,6 +27,7 @@ from mergefs.methods.contract import (
     ElementThreshold,
     Quantity,
     RowValues,
+    SingleSums,
     Vector,
 )
 from mergefs.sources.blocks import BlockGrid
@@ -35,10 +37,10 @@ from mergefs.sources.reader import SourceReader
 from mergefs.statistics.order import Keys, largest, ranked_keys
 
 AboutQuantity: TypeAlias = (
-    ElementSum | ElementSums | ElementNorms | RowValues | ColumnSums | ElementThreshold | ElementQuantile
+    ElementSum | ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums | ElementThreshold | ElementQuantile
 )
 
-_Streamed: TypeAlias = ElementSum | ElementSums | ElementNorms | RowValues | ColumnSums
+_Streamed: TypeAlias = ElementSum | ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class TensorStream:
 
 def answer_quantities(wanted: Sequence[AboutQuantity], stream: TensorStream) -> dict[AboutQuantity, Answer]:
     """Return the answers to ``wanted``: sums and rows from one pass, order statistics from some for each quantity."""
-    gathering = {one: _gatherer(one, stream.compute) for one in wanted if isinstance(one, _Streamed)}
+    gathering = {one: _gatherer(one, stream) for one in wanted if isinstance(one, _Streamed)}
     if gathering:
         for start, terms in stream.terms(list(gathering)):
             for gatherer, values in zip(gathering.values(), terms, strict=True):
@@ -152,6 +154,21 @@ class _Sums:
     def answer(self) -> Vector:
         """Return the sums."""
         return np.array([_total(parts) for parts in self._parts], dtype=np.float64)
+
+
+class _SingleSums:
+    """Carries the lanes of float32 sums from block to block."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._partial = PartialSums.begin(count, size)
+
+    def add(self, start: int, terms: Array) -> None:
+        """Add a block."""
+        self._partial = self._partial.add(terms.astype(np.float32))
+
+    def answer(self) -> Vector:
+        """Return the sums."""
+        return self._partial.finish().astype(np.float64)
 
 
 class _Norms:
@@ -236,12 +253,14 @@ def _total(parts: Sequence[float]) -> float:
     return math.fsum(parts) if all(map(math.isfinite, parts)) else float(np.sum(parts))
 
 
-def _gatherer(statistic: _Streamed, compute: DType) -> _Gatherer:
+def _gatherer(statistic: _Streamed, stream: TensorStream) -> _Gatherer:
     """Return what gathers ``statistic``."""
     if isinstance(statistic, ElementNorms):
-        return _Norms(statistic, compute)
+        return _Norms(statistic, stream.compute)
     if isinstance(statistic, ElementSums):
         return _Sums(statistic.count)
+    if isinstance(statistic, SingleSums):
+        return _SingleSums(statistic.count, stream.size)
     if isinstance(statistic, ColumnSums):
         return _Columns(statistic)
     return _Rows() if isinstance(statistic, RowValues) else _Sum()

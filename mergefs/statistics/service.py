@@ -23,6 +23,7 @@ from mergefs.methods.contract import (
     Method,
     Quantity,
     RowValues,
+    SingleSums,
     Statistic,
     TensorContext,
     Threshold,
@@ -128,7 +129,7 @@ class StatisticsService:
         if isinstance(statistic, ElementThreshold):
             limit = self._catalog.threshold(key)
             return None if limit is None else Threshold(limit.key, limit.cut)
-        if isinstance(statistic, ElementSums | ElementNorms | RowValues | ColumnSums):
+        if isinstance(statistic, ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums):
             vector = self._catalog.vector(key)
             return None if vector is None else np.frombuffer(vector.values, dtype="<f8").astype(np.float64)
         return self._catalog.number(key)
@@ -214,6 +215,8 @@ def _kind(statistic: AboutQuantity) -> str:
         return f"rows {statistic.row}"
     if isinstance(statistic, ElementSums):
         return f"sums {statistic.count}"
+    if isinstance(statistic, SingleSums):
+        return f"single sums {statistic.count}"
     if isinstance(statistic, ElementNorms):
         return f"norms {statistic.count} {statistic.widened} {statistic.chunk}"
     return f"columns {statistic.columns} {statistic.single}" if isinstance(statistic, ColumnSums) else "sum"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mergefs.checkpoint.dtypes import F32
 from mergefs.kernels.norms import row_norms
 from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.sums import row_sums
 from mergefs.methods.contract import (
     Answer,
     Answers,
@@ -27,6 +28,7 @@ from mergefs.methods.contract import (
     Method,
     Quantity,
     RowValues,
+    SingleSums,
     Statistic,
     Threshold,
     Vector,
@@ -34,7 +36,7 @@ from mergefs.methods.contract import (
 from mergefs.testing.cases import Case
 
 AboutQuantity: TypeAlias = (
-    ElementSum | ElementSums | ElementNorms | ElementThreshold | ElementQuantile | RowValues | ColumnSums
+    ElementSum | ElementSums | SingleSums | ElementNorms | ElementThreshold | ElementQuantile | RowValues | ColumnSums
 )
 
 MOST_PASSES = 64
@@ -78,6 +80,8 @@ def _about_quantity(statistic: AboutQuantity, terms: Array, precision: Precision
         return float(np.sort(terms)[statistic.rank])
     if isinstance(statistic, ElementNorms):
         return _norms(statistic, terms.astype(np.float32), precision)
+    if isinstance(statistic, SingleSums):
+        return row_sums(terms.astype(np.float32)).astype(np.float64)
     if isinstance(statistic, ColumnSums) and statistic.single:
         added: Array = np.add.accumulate(terms.astype(np.float32).reshape(-1, statistic.columns), axis=0)
         return added[-1].astype(np.float64) if added.size else np.zeros(statistic.columns)
