@@ -75,9 +75,13 @@ _RESCALE = (
     "off by some roundings, which `normalize` multiplies where weights nearly cancel; here they are taken in float64"
 )
 _MASK = "the random masks come from another generator"
+_ANGLES = (
+    "the sines and arc cosines of torch's mathematical library are off in their last bits; here they are rounded from "
+    "float64"
+)
 _PRODUCTS = (
-    "inner products are summed in float32 in an order of torch's own, and its sines and arc cosines are off in their "
-    "last bits; here they are taken in float64"
+    "inner products are summed in float32 in an order of torch's own, and the sines and arc cosines of its "
+    "mathematical library are off in their last bits; here they are taken in float64"
 )
 
 _ZERO_SUM = Break(
@@ -104,10 +108,12 @@ _RANKED = Claim(f"{_MASK}; {_RESCALE}", random=True)
 CLAIMS: Final[Mapping[str, Claim]] = MappingProxyType(
     {
         "slerp": Claim(_PRODUCTS, Limits(16, 1, 1)),
-        "nuslerp": Claim(_PRODUCTS, Limits(16, 1, 1)),
+        "nuslerp": Claim(_ANGLES, Limits(16, 1, 1)),
         "multislerp": Claim(
-            f"{_PRODUCTS}, in float16 norms as well, each rounded to the dtype and the result scaled by them",
-            Limits(16, 1, 8),
+            "norms and inner products of float16 are summed in an order that depends on torch's threads, each is "
+            "rounded "
+            "to the dtype, and the result is scaled by them; here they are taken in float64",
+            Limits(0, 0, 8),
             breaks=_NO_DIRECTION,
             fails="the mean of three or more directions vanishes, as where all experts equal the base; here the "
             "weighted sum is taken",
@@ -135,9 +141,10 @@ CLAIMS: Final[Mapping[str, Claim]] = MappingProxyType(
             selects=True,
         ),
         "model_stock": Claim(
-            "inner products and means are summed in float32 in an order of torch's own, in float16 norms as well; here "
-            "in float64",
-            Limits(16, 1, 4),
+            "norms, inner products and means of float16 are summed in an order that depends on torch's threads; here "
+            "they "
+            "are taken in float64",
+            Limits(0, 0, 4),
         ),
         "ramplus_tl": Claim(breaks=_NO_PART, widened=True),
         "arcee_fusion": Claim(
