@@ -44,15 +44,15 @@ multislerp = importlib.import_module("mergekit.merge_methods.multislerp")
 def mergekit_merge(document: Mapping[str, Any], **options: Any) -> Tensors:
     """Return what ``mergekit-yaml`` writes for the recipe ``document``; ``options`` are those of its command line."""
     configuration = MergeConfiguration.model_validate(dict(document))
-    with tempfile.TemporaryDirectory() as directory, _one_thread():
+    with tempfile.TemporaryDirectory() as directory, one_thread():
         settings = {"quiet": True, "write_model_card": False, "copy_tokenizer": False} | options
         run_merge(configuration, directory, MergeOptions(**settings))
         return load_model(Path(directory))
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch's sums not depend on how many threads there are."""
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: with more, sums of more than 32,768 elements come out differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -347,17 +347,6 @@ _MEAN = torch.Tensor.mean
 
 def _exact_sum(values: torch.Tensor, **options: Any) -> torch.Tensor:
     return _SUM(values.double(), **options).to(values.dtype)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: with more, sums of more than 32,768 elements come out differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _settled_sum(values: torch.Tensor, **options: Any) -> torch.Tensor:

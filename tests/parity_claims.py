@@ -111,8 +111,7 @@ CLAIMS: Final[Mapping[str, Claim]] = MappingProxyType(
         "nuslerp": Claim(_ANGLES, Limits(16, 1, 1)),
         "multislerp": Claim(
             "norms and inner products of float16 are summed in an order that depends on torch's threads, each is "
-            "rounded "
-            "to the dtype, and the result is scaled by them; here they are taken in float64",
+            "rounded to the dtype, and the result is scaled by them; here they are taken in float64",
             Limits(0, 0, 8),
             breaks=_NO_DIRECTION,
             fails="the mean of three or more directions vanishes, as where all experts equal the base; here the "
@@ -142,8 +141,7 @@ CLAIMS: Final[Mapping[str, Claim]] = MappingProxyType(
         ),
         "model_stock": Claim(
             "norms, inner products and means of float16 are summed in an order that depends on torch's threads; here "
-            "they "
-            "are taken in float64",
+            "they are taken in float64",
             Limits(0, 0, 4),
         ),
         "ramplus_tl": Claim(breaks=_NO_PART, widened=True),

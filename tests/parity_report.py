@@ -1,7 +1,7 @@
 """Writes ``docs/parity.md`` from the claims and from what a run of the whole matrix measured."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +9,7 @@ from parity_cases import DTYPES, FAMILIES, MOST_EXPERTS
 from parity_claims import Claim, claim
 from parity_comparison import Difference
 from parity_matrix import Outcome
+from parity_structures import STRUCTURES
 
 from mergefs.methods.registry import METHODS
 
@@ -16,6 +17,9 @@ DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "parity.md"
 
 Outcomes = Mapping[tuple[str, str], Outcome]
 """What was measured, by method and dtype."""
+
+Forms = Mapping[str, Difference]
+"""What was measured, by the form of a recipe."""
 
 _COLUMNS: Final = (
     "method",
@@ -64,6 +68,13 @@ All elements of all tensors are compared by their bits, only NaN counts as NaN. 
 ## Method by method
 """
 
+_FORMS: Final = """
+## In every form of a recipe
+
+A merge by every method in every dtype of the table, written in each of these forms, has the bits of mergekit's with
+nothing left to chance:
+"""
+
 _REASONS: Final = "\n## Why methods differ from mergekit as it is\n"
 
 _ON_PURPOSE: Final = """
@@ -80,7 +91,7 @@ _EVERYWHERE: Final = (
 )
 
 
-def render(outcomes: Outcomes, earlier: str = "") -> str:
+def render(outcomes: Outcomes, forms: Forms, earlier: str = "") -> str:
     """Return the text of the document; what was not measured now is taken from the text of an ``earlier`` one."""
     lines = [_INTRODUCTION.format(families=", ".join(FAMILIES), experts=MOST_EXPERTS)]
     lines += [_table_row(_COLUMNS), _table_row(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2))]
@@ -92,6 +103,10 @@ def render(outcomes: Outcomes, earlier: str = "") -> str:
                 kept = list(before[method, dtype].values())
                 row = [kept[number] if number in _MEASURED else cell for number, cell in enumerate(row)]
             lines.append(_table_row(row))
+    lines += [_FORMS, _table_row(("form", "merges", "elements compared")), _table_row(["---", "---:", "---:"])]
+    counted = dict(_forms_of(earlier)) | {form: str(found.elements) for form, found in forms.items()}
+    cases = str(len(METHODS) * len(DTYPES))
+    lines += [_table_row((form, cases, counted.get(form, "0"))) for form in STRUCTURES]
     lines.append(_REASONS)
     for reason in dict.fromkeys(claim(method).reason for method in METHODS):
         methods = _listed(method for method in METHODS if claim(method).reason == reason)
@@ -160,8 +175,18 @@ def without_measurements(text: str) -> str:
         cells = line.strip("| ").split(" | ")
         if line.startswith("|") and len(cells) == len(_COLUMNS) and cells[0] in METHODS:
             line = _table_row(["" if number in _MEASURED else cell for number, cell in enumerate(cells)])
+        if line.startswith("|") and cells[0] in STRUCTURES:
+            line = _table_row(cells[:-1])
         lines.append(line)
     return "\n".join(lines)
+
+
+def _forms_of(text: str) -> Iterator[tuple[str, str]]:
+    """Yield each form of a recipe in the table of a document, with how many elements were compared."""
+    for line in text.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if line.startswith("|") and cells[0] in STRUCTURES:
+            yield cells[0], cells[-1]
 
 
 def measurements(text: str) -> dict[tuple[str, str], dict[str, str]]:

@@ -119,7 +119,7 @@ def test_claims_are_made_of_methods_that_there_are() -> None:
 def test_the_document_says_what_is_claimed_of_every_method_and_dtype() -> None:
     """Run ``scripts/parity.py`` where this fails."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert without_measurements(text) == without_measurements(render({}))
+    assert without_measurements(text) == without_measurements(render({}, {}))
 
 
 @EVERY_METHOD
