@@ -15,8 +15,8 @@ def quote(value: object) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return ``names`` with commas, or ``none``."""
-    return ", ".join(names) or "none"
+    """Return ``names`` with commas, or ``none``; what a terminal would not show as it is in quotes."""
+    return ", ".join(name if name.isprintable() else quote(name) for name in names) or "none"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
