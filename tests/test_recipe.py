@@ -348,9 +348,9 @@ def test_a_slip_is_named_with_its_line_and_a_remedy(before: str, after: str, lin
             "<recipe>:3: merge_method slerp takes exactly 2 models, the base counted, and this recipe has 3 (b, c, a)",
         ),
         (
-            'merge_method: slerp\nbase_model: a\nmodels: [{model: "b\\tc"}, {model: "d\\x1b[0m"}]\nparameters: {t: 1}\n',
+            'merge_method: slerp\nbase_model: a\nmodels: [{model: "b\\tc"}, {model: "\\x1b[0m"}]\nparameters: {t: 1}\n',
             "<recipe>:3: merge_method slerp takes exactly 2 models, the base counted, and this recipe has 3 "
-            r"('b\tc', 'd\x1b[0m', a)",
+            r"('b\tc', '\x1b[0m', a)",
         ),
         (
             "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\n",
