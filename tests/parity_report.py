@@ -59,7 +59,8 @@ everything meets every value of everything else (all pairs):
 All elements of all tensors are compared by their bits, only NaN counts as NaN. Each recipe is merged by mergekit twice:
 
 * **with nothing left to chance**: which of several equal magnitudes survives is decided by one rule, random masks are
-  ours, and long float32 sums are taken in float64. What is left must be equal bit for bit.
+  ours, and what depends on the machine (long sums in an order of its own, sines and arc cosines of its mathematical
+  library) is taken in float64 and rounded once. What is left must be equal bit for bit.
 * **as it is**, on one thread: only what was fixed there may differ, and by no more than the last column allows. A unit
   is the distance of neighbouring numbers of the dtype at the largest of the inputs and of both results, since it is the
   rounding of those that differs. Methods with random masks are held against mergekit as it is by what the masks do on
