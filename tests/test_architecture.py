@@ -22,7 +22,7 @@ ROOMS = (
     ("tokenizer",),
     ("planner",),
     ("engine",),
-    ("materialize", "mount", "testing"),
+    ("comparison", "materialize", "mount", "testing"),
     ("api",),
     ("demo",),
     ("cli",),

@@ -1,14 +1,14 @@
 """Writes the files of a merged model into a staging directory: whole, hashed, and synced to disk."""
 
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from blake3 import blake3
 
+from mergefs.engine.ahead import in_order
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.manifest import FileEntry
@@ -58,17 +58,7 @@ def write_file(path: Path, chunks: Iterator[bytes], progress: Progress) -> FileE
 
 def _chunks(files: ModelFiles, name: str, size: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Yield a file in order, computing a few chunks ahead."""
-    ahead: deque[Future[bytes]] = deque()
-    try:
-        for offset in range(0, size, _CHUNK):
-            ahead.append(pool.submit(files.read, name, offset, _CHUNK))
-            if len(ahead) >= _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        for future in ahead:
-            future.cancel()
+    return in_order(pool, lambda offset: files.read(name, offset, _CHUNK), range(0, size, _CHUNK), _AHEAD)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
