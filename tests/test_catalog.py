@@ -26,6 +26,7 @@ from mergefs.catalog.records import (
     InputRecord,
     PlanEntryRecord,
     PlanRecord,
+    SelectionRecord,
     ThresholdRecord,
     TransactionRecord,
 )
@@ -51,7 +52,7 @@ def plan_record(plan_id: str) -> PlanRecord:
 
 
 def entry(name: str) -> PlanEntryRecord:
-    return PlanEntryRecord(name, "BF16", (2, 3), (None, b"\x80"))
+    return PlanEntryRecord(name, "BF16", (2, 3), SelectionRecord(6, (b"\xff", b"\x00"), b"\x00\x01", b"\x80"))
 
 
 @pytest.fixture

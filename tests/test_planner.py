@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mergefs.errors import BudgetError, PlanError
 from mergefs.methods.registry import METHODS
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan, make_plan
-from mergefs.planner.plan import MergePlan, TensorPlan
+from mergefs.planner.plan import MergePlan
 from mergefs.planner.selection import select_blocks
 from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
@@ -309,12 +310,13 @@ def test_a_plan_is_kept_in_the_catalog_with_its_tensors(models: Family, tmp_path
     assert again.created_ns == plan.created_ns == record.created_ns
     assert {entry.name for entry in entries} == set(plan.tensors)
     for entry in entries:
-        assert selections(plan.tensors[entry.name]) == entry.selections
-
-
-def selections(tensor: TensorPlan) -> tuple[bytes | None, ...]:
-    assert tensor.selection is not None
-    return tuple(np.packbits(row).tobytes() for row in tensor.selection.bought)
+        selection = plan.tensors[entry.name].selection
+        assert selection is not None
+        assert entry.selection is not None
+        assert entry.selection.cell == selection.cell
+        assert [zlib.decompress(row) for row in entry.selection.levels] == [row.tobytes() for row in selection.levels]
+        assert zlib.decompress(entry.selection.givers) == selection.givers.astype("<i2").tobytes()
+        assert entry.selection.computed == np.packbits(selection.computed).tobytes()
 
 
 def test_a_recipe_means_the_same_whatever_its_directory_is(models: Family, tmp_path: Path) -> None:

@@ -102,16 +102,26 @@ class PlanRecord(msgspec.Struct, frozen=True, array_like=True):
     created_ns: int
 
 
-class PlanEntryRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor of a plan: its dtype and shape, and for each input the packed bits of the blocks that are bought.
+class SelectionRecord(msgspec.Struct, frozen=True, array_like=True):
+    """See ``mergefs.planner.levels.Selection``: elements of a cell, and arrays.
 
-    An empty ``selections`` means that every block of every input is read.
+    ``levels`` has for each input a row of uint8, ``givers`` all rows of int16, both compressed by zlib; ``computed``
+    is packed bits.
     """
+
+    cell: int
+    levels: tuple[bytes, ...]
+    givers: bytes
+    computed: bytes
+
+
+class PlanEntryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of a plan: its dtype and shape, and what is read of each input (None: everything)."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    selections: tuple[bytes | None, ...]
+    selection: SelectionRecord | None
 
 
 class TransactionRecord(msgspec.Struct, frozen=True, array_like=True):

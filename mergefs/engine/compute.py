@@ -66,13 +66,13 @@ def _run_converted(run: _Run) -> Raw | None:
     for first in range(0, count, _TILE):
         last = min(first + _TILE, count)
         tiles = tuple(
-            _change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
+            change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
             for (raw, dtype), buffer in zip(run.inputs, buffers, strict=True)
         )
         merged = run.method.fused(RawRun(tiles, compute, run.start + first), run.coefficients)
         if merged is None:
             return None
-        result[first * out.itemsize : last * out.itemsize] = _change_dtype(merged, compute, out)
+        result[first * out.itemsize : last * out.itemsize] = change_dtype(merged, compute, out)
     return result
 
 
@@ -95,11 +95,11 @@ def _run_reference(run: _Run) -> Raw:
 
 def convert(raw: Raw, stored: DType, compute: DType, out: DType) -> Raw:
     """Return a block that no method touches, by way of the compute dtype as if one had."""
-    return _change_dtype(_change_dtype(raw, stored, compute), compute, out)
+    return change_dtype(change_dtype(raw, stored, compute), compute, out)
 
 
-def _change_dtype(raw: Raw, stored: DType, wanted: DType, buffer: Raw | None = None) -> Raw:
-    """Return the elements of ``raw`` rounded to ``wanted``, in ``buffer`` or in memory of their own."""
+def change_dtype(raw: Raw, stored: DType, wanted: DType, buffer: Raw | None = None) -> Raw:
+    """Return elements rounded to ``wanted``, in ``buffer`` or memory of their own; ``raw`` itself where it is that."""
     if stored == wanted:
         return raw
     if stored in FUSED_DTYPES and wanted in FUSED_DTYPES:

@@ -6,17 +6,17 @@ from bisect import bisect_right
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.engine.compute import convert, run_kernel
+from mergefs.engine.inputs import InputReader
 from mergefs.engine.resources import Resources
 from mergefs.errors import NonFiniteError, PlanError
 from mergefs.kernels.fused import prepare
 from mergefs.kernels.precision import Raw, is_finite
 from mergefs.planner.plan import MergePlan, OutputFile, TensorPlan
 from mergefs.sources.ledger import Purpose
-from mergefs.sources.place import Place, Role
+from mergefs.sources.place import Place
 from mergefs.sources.reader import check_unchanged
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Engine:
         self._coefficients: dict[str, Any] = {}
         self._gathering = {name: threading.Lock() for name in plan.tensors}
         self._prepared: set[str] = set()
-        self._seen: dict[str, NDArray[np.bool_]] = {}
+        self._inputs = InputReader(resources.reader)
         self._reported: set[str] = set()
         self._lock = threading.Lock()
 
@@ -127,59 +127,27 @@ class Engine:
         selection = tensor.selection
         start, _ = tensor.grid.bounds(block)
         if selection is not None and not selection.computed[block]:
-            stand_in, dtype = self._stand_in(tensor, block)
+            stand_in, dtype = self._inputs.stand_in(tensor, block)
             return convert(stand_in, dtype, tensor.compute, tensor.dtype)
-        inputs = [
-            (self._read(tensor, index, block, purpose), place.dtype)
-            if selection is None or selection.read[index, block]
-            else None
-            for index, place in enumerate(tensor.places)
-        ]
-        if any(entry is None for entry in inputs):
-            base = tensor.context.base
-            replacement = self._stand_in(tensor, block) if base is None else inputs[base]
-            inputs = [entry or replacement for entry in inputs]
-        complete = tuple(entry for entry in inputs if entry is not None)
+        inputs = self._inputs.inputs(tensor, block, purpose)
         coefficients = self._coefficients[tensor.name]
-        merged = run_kernel(tensor.method, coefficients, complete, tensor.compute, tensor.dtype, start)
+        merged = run_kernel(tensor.method, coefficients, inputs, tensor.compute, tensor.dtype, start)
         if not is_finite(merged, tensor.dtype):
-            self._report_non_finite(tensor, complete, block)
+            self._report_non_finite(tensor, inputs, block)
         return merged
 
     def _copy(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Return a block of a tensor that every model has alike; a strict engine makes sure that they do."""
-        data = self._read(tensor, 0, block, purpose)
+        data = self._inputs.whole(tensor, 0, block, purpose)
         if self._strict and tensor.selection is None:
             for place in tensor.alike:
-                if not np.array_equal(data, self._bytes(place, tensor, block, Purpose.ANALYSIS)):
+                if not np.array_equal(data, self._inputs.bytes_at(place, tensor, block, Purpose.ANALYSIS)):
                     raise PlanError(
                         f"tensor {tensor.name!r} ({tensor.dtype.name}) differs between {tensor.places[0].describe()} "
                         "and "
                         f"{place.describe()}; tensors that are not floating-point must agree to be merged"
                     )
         return data
-
-    def _read(self, tensor: TensorPlan, index: int, block: int, purpose: Purpose) -> Raw:
-        """Return the bytes of a block of one input, on the account of its role."""
-        if purpose is Purpose.EXPERT and tensor.roles[index] is Role.EXPERT:
-            with self._lock:
-                seen = self._seen.get(tensor.name)
-                if seen is None:
-                    seen = self._seen[tensor.name] = np.zeros((len(tensor.places), tensor.grid.count), dtype=np.bool_)
-                purpose = Purpose.EXPERT_AGAIN if seen[index, block] else Purpose.EXPERT
-                seen[index, block] = True
-        return self._bytes(tensor.places[index], tensor, block, purpose)
-
-    def _stand_in(self, tensor: TensorPlan, block: int) -> tuple[Raw, Any]:
-        """Return the bytes that stand in for what is not bought, and their dtype."""
-        if tensor.stand_in is None:
-            raise PlanError(f"tensor {tensor.name!r}: nothing stands in for blocks that are not bought")
-        return self._bytes(tensor.stand_in, tensor, block, Purpose.EXPERT), tensor.stand_in.dtype
-
-    def _bytes(self, place: Place, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
-        """Return the bytes of a block at one place."""
-        start, stop = tensor.grid.bounds(block)
-        return place.read(self._resources.reader, start, stop, purpose)
 
     def _coefficients_of(self, tensor: TensorPlan) -> None:
         """Keep the coefficients of a tensor, gathering its statistics on the first touch."""
@@ -216,7 +184,7 @@ class Engine:
         """Return the tensor in a file that NaN or infinity of a computed place come from, or else the place itself."""
         alike = (part for part in place.parts if part.elements == place.elements and part.dtype.is_float)
         for part in alike:
-            if not is_finite(self._bytes(part, tensor, block, Purpose.ANALYSIS), part.dtype):
+            if not is_finite(self._inputs.bytes_at(part, tensor, block, Purpose.ANALYSIS), part.dtype):
                 return self._origin_of_non_finite(part, tensor, block)
         return place
 
@@ -225,6 +193,8 @@ def _working_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of memory that computing one block takes: its inputs, its result, and a mask to check it by."""
     itemsizes = [place.dtype.itemsize for place in tensor.places]
     itemsizes += [stored.dtype.itemsize for place in tensor.places if place.parts for stored in place.stored()]
+    if tensor.coded:  # inputs are put together in the compute dtype, from the base's values in it
+        itemsizes += [tensor.compute.itemsize] * (len(tensor.places) + 1)
     return (sum(itemsizes) + tensor.dtype.itemsize + 1) * min(tensor.grid.step, tensor.grid.size)
 
 

@@ -1,6 +1,7 @@
 """Makes plans: opens the models, plans the tensors, spends the budget, and keeps the plan in the catalog."""
 
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord
+from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord, SelectionRecord
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.errors import BudgetError
 from mergefs.methods.registry import get_method, method_origin
@@ -18,6 +19,7 @@ from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
 from mergefs.planner.identity import plan_identity
 from mergefs.planner.layout import lay_out
+from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
@@ -238,7 +240,7 @@ def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: flo
             if role is Role.EXPERT:
                 count = tensor.grid.count
                 blocks += count
-                selected += count if tensor.selection is None else int(tensor.selection.bought[index].sum())
+                selected += count if tensor.selection is None else _blocks_bought(tensor.selection, index)
     return BudgetOutcome(
         budget_bytes=budget_bytes,
         expert_bytes_total=sum(tensor.expert_bytes for tensor in tensors),
@@ -249,6 +251,11 @@ def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: flo
         blocks_selected=selected,
         predicted_relative_error=error,
     )
+
+
+def _blocks_bought(selection: Selection, index: int) -> int:
+    """Return of how many blocks of one input something is bought, or nothing is missing."""
+    return int((selection.bought[index] | selection.read[index]).sum())
 
 
 def _keep(plan: MergePlan, catalog: Catalog) -> None:
@@ -283,10 +290,12 @@ def _keep(plan: MergePlan, catalog: Catalog) -> None:
 
 def _entry(tensor: TensorPlan) -> PlanEntryRecord:
     """Return the record of one tensor."""
-    selections: tuple[bytes | None, ...] = ()
-    if tensor.selection is not None:
-        selections = tuple(
-            np.packbits(row).tobytes() if role is Role.EXPERT else None
-            for row, role in zip(tensor.selection.bought, tensor.roles, strict=True)
+    chosen, record = tensor.selection, None
+    if chosen is not None:
+        record = SelectionRecord(
+            chosen.cell,
+            tuple(zlib.compress(row.tobytes()) for row in chosen.levels),
+            zlib.compress(chosen.givers.astype("<i2").tobytes()),
+            np.packbits(chosen.computed).tobytes(),
         )
-    return PlanEntryRecord(tensor.name, tensor.dtype.name, tensor.shape, selections)
+    return PlanEntryRecord(tensor.name, tensor.dtype.name, tensor.shape, record)

@@ -8,6 +8,7 @@ from typing import Any
 from blake3 import blake3
 
 from mergefs.methods.plugins import Origin
+from mergefs.planner.levels import EQUAL, NOTHING
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import PlanInput, TensorPlan
 from mergefs.recipe.definition import Recipe
@@ -33,7 +34,7 @@ def plan_identity(
     """
     everything = [*inputs, *([stand_in] if stand_in else [])]
     content = {
-        "format": 4,
+        "format": 5,
         "method": recipe.method,
         "dtype": recipe.dtype.name if recipe.dtype else None,
         "out_dtype": recipe.out_dtype.name if recipe.out_dtype else None,
@@ -93,13 +94,18 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _selection_digest(tensors: Sequence[TensorPlan]) -> str | None:
-    """Return a hash of which blocks are bought, None where all of them are."""
-    if all(tensor.selection is None for tensor in tensors):
+    """Return a hash of what is bought, None where that is everything."""
+    if all(tensor.selection is None or tensor.selection.complete for tensor in tensors):
         return None
     hasher = blake3()
     for tensor in tensors:
+        selection = tensor.selection
         hasher.update(tensor.name.encode() + b"\0")
-        if tensor.selection is not None:
-            for rows in (tensor.selection.bought, tensor.selection.computed):
-                hasher.update(rows.tobytes())
+        if selection is None:
+            continue
+        hasher.update(str(selection.cell).encode() + b"\0")
+        hasher.update(selection.levels.tobytes() + selection.computed.tobytes())
+        for coded, levels in zip(tensor.coded, selection.levels, strict=False):
+            if coded is not None and ((levels != NOTHING) & (levels < EQUAL)).any():
+                hasher.update(coded.digest)
     return hasher.hexdigest(length=16)

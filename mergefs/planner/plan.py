@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.source import AuxiliaryFile
 from mergefs.methods.contract import Method, TensorContext
+from mergefs.planner.levels import WHOLE, Coded, Selection
 from mergefs.planner.options import PlanOptions
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
@@ -65,27 +63,13 @@ class PlanInput:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """Which blocks of one tensor are bought, under a budget.
-
-    ``bought`` holds a row of booleans for each input; rows of the base are all true. ``read`` is ``bought`` without
-    the blocks that equal the base's, which cost nothing and are never read. ``computed`` says for each block whether
-    the kernel computes it; the other blocks are the base's.
-    """
-
-    bought: NDArray[np.bool_]
-    read: NDArray[np.bool_]
-    computed: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class TensorPlan:
     """How one tensor of the merged model comes to be.
 
     ``places`` says where the tensor lies in each input of the merge, ``stand_in`` where the bytes of a block that is
     not bought come from (the base, or what ``--base`` names). ``method`` and ``context`` are None for tensors that are
     copied from ``places[0]`` (integers, masks), which those ``alike`` must equal. ``selection`` is None when everything
-    is read.
+    is read. ``coded`` has, for each input that levels of the selection may buy planes of, its delta in planes.
     """
 
     name: str
@@ -99,6 +83,7 @@ class TensorPlan:
     context: TensorContext | None
     alike: tuple[Place, ...] = ()
     selection: Selection | None = None
+    coded: tuple[Coded | None, ...] = ()
 
     @property
     def grid(self) -> BlockGrid:
@@ -133,12 +118,18 @@ class TensorPlan:
 
     def planned_bytes(self, index: int, role: Role = Role.EXPERT) -> int:
         """Bytes of files of ``role`` that one full read takes for the input at ``index``."""
-        place = self.places[index]
-        if self.selection is None:
+        place, selection = self.places[index], self.selection
+        if selection is None:
             return place.total_bytes_read(role)
+        levels = selection.paid(index)
         if not place.divisible:
-            return place.total_bytes_read(role) if self.selection.read[index].any() else 0
-        return int(place.bytes_read(self.grid, role)[self.selection.read[index]].sum())
+            return place.total_bytes_read(role) if (levels == WHOLE).any() else 0
+        total = int(place.bytes_read(selection.cells, role)[levels == WHOLE].sum())
+        coded = self.coded[index] if self.coded and role is Role.EXPERT else None
+        if coded is not None:
+            for level in range(1, coded.planes + 1):
+                total += int(coded.bytes_read(level)[levels == level].sum())
+        return total
 
     def prepare(self) -> None:
         """Let every place gather what reading it needs to know of whole tensors."""
@@ -151,8 +142,7 @@ class TensorPlan:
         """Bytes that one full read takes from a stand-in that is not itself an input."""
         if self.selection is None or self.stand_in is None or Role.BASE in self.roles or self.context is None:
             return 0
-        needed: NDArray[np.bool_] = np.logical_not(self.selection.read.all(axis=0))
-        return int(self.stand_in.bytes_read(self.grid, role)[needed].sum())
+        return int(self.stand_in.bytes_read(self.grid, role)[self.selection.leaning].sum())
 
 
 @dataclass(frozen=True, slots=True)

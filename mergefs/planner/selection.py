@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
-from mergefs.planner.plan import Selection, TensorPlan
+from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Selection, own_bytes
+from mergefs.planner.plan import TensorPlan
 from mergefs.sources.place import Role
 from mergefs.statistics.blocks import known_deltas
 
@@ -123,15 +124,14 @@ class _Blocks:
 
     def selection(self, complete: bool) -> Selection:
         """Return which blocks are bought, read and computed; ``complete`` says that all of every tensor are."""
+        grid, inputs = self.tensor.grid, len(self.tensor.places)
         if self.tensor.context is None:
-            everything = np.ones_like(self._paid)
-            return Selection(everything, everything, np.ones(self.tensor.grid.count, dtype=np.bool_))
+            return Selection.everything(grid, inputs)
         of_the_base = np.array([role is Role.BASE for role in self.tensor.roles], dtype=np.bool_)
-        bought, read = self._paid | self._equal, self._paid.copy()
-        bought[of_the_base] = True
-        read[of_the_base] = True
-        computed: NDArray[np.bool_] = np.full(self.tensor.grid.count, complete) | self._paid.any(axis=0)
-        return Selection(bought, read, computed)
+        levels = np.where(self._equal, EQUAL, np.where(self._paid, WHOLE, NOTHING)).astype(np.uint8)
+        levels[of_the_base] = WHOLE
+        computed: NDArray[np.bool_] = np.full(grid.count, complete) | self._paid.any(axis=0)
+        return Selection.of_blocks(grid, levels, own_bytes(inputs, grid.count), computed)
 
 
 def _gather(gathered: Sequence[_Blocks]) -> _Items:
