@@ -147,15 +147,18 @@ def open_model(
     catalog: str | Path | None = None,
     cache_size: int | str = DEFAULT_CACHE_SIZE,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    verify_reads: bool = True,
     progress: Progress | None = None,
 ) -> MergedModel:
     """Plan the recipe file and return the merged model without mounting it.
 
     ``budget``, ``base`` and ``random_seed`` mean what they mean on the command line; sizes are bytes or text such as
-    ``"2GiB"``. Raises the errors of ``mergefs.errors``.
+    ``"2GiB"``. ``verify_reads`` holds what is read against the hashes of the last analysis. Raises the errors of
+    ``mergefs.errors``.
     """
     options = PlanOptions(budget, base, random_seed, _size(max_shard_size))
-    resources = Workspace.create(Catalog(Path(catalog) if catalog else default_location()), _size(cache_size))
+    opened = Catalog(Path(catalog) if catalog else default_location())
+    resources = Workspace.create(opened, _size(cache_size), verify_reads)
     try:
         plan = make_plan(load_recipe(Path(recipe)), options, resources, progress)
         return MergedModel(plan, resources)

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, cache_size_option, plan_arguments
+from mergefs.cli.options import (
+    MERGEKIT_EPILOG,
+    PlanArguments,
+    cache_size_option,
+    plan_arguments,
+    verify_reads_option,
+)
 from mergefs.cli.settings import Settings, absolute
 
 if TYPE_CHECKING:
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
 @plan_arguments
 @click.option("--foreground", is_flag=True, help="Serve in this process, with the log on stderr (systemd, containers).")
 @cache_size_option
+@verify_reads_option
 @click.option("--allow-other", is_flag=True, help="Let other users read the mount too.")
 @click.option("--warm", is_flag=True, help="Gather in the background the statistics that reads will need.")
 @click.pass_obj
@@ -28,6 +35,7 @@ def command(
     arguments: PlanArguments,
     foreground: bool,
     cache_size: int,
+    verify_reads: bool,
     allow_other: bool,
     warm: bool,
 ) -> None:
@@ -56,6 +64,7 @@ def command(
             catalog=catalog,
             cache_size=cache_size,
             warm=warm,
+            verify_reads=verify_reads,
         )
         with progress(settings.quiet) as listener:
             tree = build_tree(paths, options, listener)

@@ -241,3 +241,10 @@ cache_size_option = click.option(
     metavar="S",
     help="Memory for blocks that may be asked for again.",
 )
+
+verify_reads_option = click.option(
+    "--verify-reads/--no-verify-reads",
+    default=True,
+    show_default=True,
+    help="Hold what is read of the models against the hashes of their analysis.",
+)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 from mergefs.catalog.catalog import Catalog
@@ -9,6 +10,8 @@ from mergefs.engine.room import Room
 from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.reader import SourceReader
+from mergefs.sources.verification import BlockCheck
+from mergefs.statistics.identity import known_blocks
 from mergefs.statistics.service import StatisticsService
 
 DEFAULT_CACHE_SIZE: Final = 2**30
@@ -32,10 +35,16 @@ class Resources:
     room: Room
 
     @classmethod
-    def create(cls: type[_Resources], catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE) -> _Resources:
-        """Return resources with a ledger and a cache of their own."""
+    def create(
+        cls: type[_Resources], catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE, verify_reads: bool = True
+    ) -> _Resources:
+        """Return resources with a ledger and a cache of their own.
+
+        ``verify_reads`` holds every block that is read against its hash, where an analysis has kept one.
+        """
         ledger = Ledger()
-        reader = SourceReader(ledger)
+        check = BlockCheck(partial(known_blocks, catalog=catalog)) if verify_reads else None
+        reader = SourceReader(ledger, check=check)
         return cls(
             catalog=catalog,
             ledger=ledger,

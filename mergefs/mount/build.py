@@ -30,6 +30,7 @@ class BuildOptions:
     catalog: Path | None = None
     cache_size: int = DEFAULT_CACHE_SIZE
     warm: bool = False
+    verify_reads: bool = True
 
 
 def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progress | None = None) -> ModelTree:
@@ -46,7 +47,9 @@ def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progr
     limit_arenas()
     files = expand_recipes(recipes)
     rooted = len(recipes) == 1 and not recipes[0].is_dir()
-    resources = Workspace.create(Catalog(options.catalog or default_location()), options.cache_size)
+    resources = Workspace.create(
+        Catalog(options.catalog or default_location()), options.cache_size, options.verify_reads
+    )
     try:
         names = unique_names(files)
         models = [

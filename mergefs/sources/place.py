@@ -141,13 +141,11 @@ class StoredTensor(Place):
 
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
         """Read from the file."""
-        itemsize = self.tensor.dtype.itemsize
-        offset = self.tensor.offset + start * itemsize
-        return reader.read(self.shard, offset, (stop - start) * itemsize, self._counted_as(purpose))
+        return reader.read_tensor(self.shard, self.tensor, start, stop, self._counted_as(purpose))
 
     def read_kept(self, reader: SourceReader, purpose: Purpose) -> Raw:
         """Return all bytes, read once and kept for other blocks, as an array that must not be written to."""
-        return reader.read_kept(self.shard, self.tensor.offset, self.tensor.nbytes, self._counted_as(purpose))
+        return reader.read_kept(self.shard, self.tensor, self._counted_as(purpose))
 
     def bytes_read(self, grid: BlockGrid, role: Role) -> NDArray[np.int64]:
         """The block itself."""

@@ -1,7 +1,8 @@
 """Reads ranges of source files with ``pread``: never mapped, every byte in the ledger, every file checked.
 
-A file is checked against the fingerprint that the plan was made from when it is opened, and again on request; what
-cannot be read becomes one of two errors: the file changed, or the operating system failed.
+A file is checked against the fingerprint that the plan was made from when it is opened, and again on request; after
+each read its size and the time of its last change are looked at once more, and blocks of tensors whose hashes are known
+are held against them. What cannot be read becomes one of two errors: the file changed, or the operating system failed.
 """
 
 import errno
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mergefs.checkpoint.checkpoint import TensorSource
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
 from mergefs.errors import SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger, Purpose
+from mergefs.sources.verification import BlockCheck
 
 SourceFile = Shard | AuxiliaryFile
 
@@ -44,10 +47,14 @@ class _OpenFile:
 
 
 class SourceReader:
-    """Reads from source files on behalf of many threads, keeping at most ``open_files`` of them open."""
+    """Reads from source files on behalf of many threads, keeping at most ``open_files`` of them open.
 
-    def __init__(self, ledger: Ledger, open_files: int = 128) -> None:
+    ``check`` holds blocks of tensors against their hashes; without it they are taken as they come.
+    """
+
+    def __init__(self, ledger: Ledger, open_files: int = 128, check: BlockCheck | None = None) -> None:
         self._ledger = ledger
+        self._check = check
         self._limit = open_files
         self._lock = threading.Lock()
         self._files: OrderedDict[tuple[Path, Fingerprint, int], _OpenFile] = OrderedDict()
@@ -78,15 +85,28 @@ class SourceReader:
                         "restore the file, or plan again"
                     )
                 done += count
+            _refuse_written(source, os.fstat(descriptor))
         self._ledger.record_read(purpose, size)
         return buffer
 
-    def read_kept(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
-        """Return what ``read`` does as an array that must not be written to, from memory while it is kept there.
+    def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
+        """Return the elements ``start`` to ``stop`` (flat indices) of a tensor of ``shard``, as fresh writable bytes.
 
-        Bytes of experts that have to be read for a second time count as read again.
+        Whole blocks among them are checked. Raises the errors of ``read``, and SourceChangedError for a block that is
+        not what was analysed.
         """
-        key = (source.path, source.fingerprint, offset, size)
+        itemsize = tensor.dtype.itemsize
+        data = self.read(shard, tensor.offset + start * itemsize, (stop - start) * itemsize, purpose)
+        if self._check is not None:
+            self._check.check(shard, tensor, start, data)
+        return data
+
+    def read_kept(self, shard: Shard, tensor: TensorSource, purpose: Purpose) -> Raw:
+        """Return all of a tensor as an array that must not be written to, from memory while it is kept there.
+
+        Bytes of experts that have to be read for a second time count as read again. Raises what ``read_tensor`` does.
+        """
+        key = (shard.path, shard.fingerprint, tensor.offset, tensor.nbytes)
 
         def read() -> Raw:
             counted = purpose
@@ -94,7 +114,7 @@ class SourceReader:
                 with self._lock:
                     counted = Purpose.EXPERT_AGAIN if key in self._paid else Purpose.EXPERT
                     self._paid.add(key)
-            data = self.read(source, offset, size, counted)
+            data = self.read_tensor(shard, tensor, 0, tensor.nbytes // tensor.dtype.itemsize, counted)
             data.flags.writeable = False
             return data
 
@@ -166,6 +186,15 @@ def _compare(source: SourceFile, status: os.stat_result) -> None:
         raise SourceChangedError(
             f"{source.path}: changed since the plan was made ({', '.join(changed)} differ); mount or plan again"
         )
+
+
+def _refuse_written(source: SourceFile, status: os.stat_result) -> None:
+    """Raise SourceChangedError where an open file has been written to since the plan was made.
+
+    A changed name, link or permission does its bytes no harm, and must not end a read that is under way.
+    """
+    if (status.st_size, status.st_mtime_ns) != (source.fingerprint.size, source.fingerprint.mtime_ns):
+        raise SourceChangedError(f"{source.path}: was written to since the plan was made; mount or plan again")
 
 
 def _gone(source: SourceFile, error: OSError) -> SourceChangedError | SourceReadError:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from blake3 import blake3
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.checkpoint.checkpoint import WeightSource
+from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
+from mergefs.checkpoint.source import Shard
 from mergefs.sources.place import Place, StoredTensor
 
 KEY_BYTES = 24
@@ -48,6 +49,12 @@ def tensor_keys(place: Place, catalog: Catalog) -> tuple[bytes, ...]:
         return (local,)
     best = digest("computed", place.formula, *(tensor_keys(part, catalog)[0] for part in place.parts))
     return tuple(dict.fromkeys((best, local)))
+
+
+def known_blocks(shard: Shard, tensor: TensorSource, catalog: Catalog) -> bytes | None:
+    """Return the hashes of all blocks of a stored tensor (32 bytes each), None until it has been analysed."""
+    content = catalog.content(local_key(StoredTensor(shard, tensor)))
+    return None if content is None else content.blocks
 
 
 def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]]) -> str:

@@ -1,0 +1,71 @@
+"""Holds what is read from sources against the hashes that an analysis has kept of it, block by block."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from blake3 import blake3
+
+from mergefs.checkpoint.checkpoint import TensorSource
+from mergefs.checkpoint.source import Fingerprint, Shard
+from mergefs.errors import SourceChangedError
+from mergefs.kernels.precision import Raw
+from mergefs.sources.blocks import BlockGrid
+
+DIGEST_BYTES: Final = 32
+
+KnownHashes: TypeAlias = Callable[[Shard, TensorSource], bytes | None]
+"""Returns the hashes (32 bytes of blake3) of all blocks of a tensor, one after the other; None where nobody knows."""
+
+
+class BlockCheck:
+    """Checks the blocks of stored tensors. Safe to share between threads.
+
+    Hashes are asked for once for each tensor; a tensor that has none yet is asked for again, since an analysis may be
+    under way.
+    """
+
+    def __init__(self, known: KnownHashes) -> None:
+        self._known = known
+        self._lock = threading.Lock()
+        self._hashes: dict[tuple[Path, Fingerprint, str], bytes] = {}
+
+    def check(self, shard: Shard, tensor: TensorSource, start: int, raw: Raw) -> None:
+        """Check ``raw``, the bytes of a run of elements of ``tensor`` from flat index ``start``.
+
+        Only blocks that lie in the run as a whole can be checked. Raises SourceChangedError naming the first block that
+        is not what was analysed.
+        """
+        grid = BlockGrid.of(tensor.shape)
+        itemsize = tensor.dtype.itemsize
+        stop = start + raw.size // itemsize
+        first = -(-start // grid.step)
+        last = grid.count if stop == grid.size else stop // grid.step
+        if first >= last:
+            return
+        hashes = self._hashes_of(shard, tensor, grid)
+        if hashes is None:
+            return
+        for block in range(first, last):
+            begin, end = grid.bounds(block)
+            found = blake3(raw[(begin - start) * itemsize : (end - start) * itemsize].data).digest()
+            if found != hashes[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+                raise SourceChangedError(
+                    f"{shard.path}: block {block} of tensor {tensor.name!r} (bytes {tensor.offset + begin * itemsize} "
+                    f"to {tensor.offset + end * itemsize}) is not what was analysed, although size and times of the "
+                    "file are the same; restore the file, or `touch` it where its new content is meant, and plan again"
+                )
+
+    def _hashes_of(self, shard: Shard, tensor: TensorSource, grid: BlockGrid) -> bytes | None:
+        """Return the hashes of a tensor, None where there are none that fit its blocks."""
+        key = (shard.path, shard.fingerprint, tensor.name)
+        with self._lock:
+            hashes = self._hashes.get(key)
+        if hashes is None:
+            hashes = self._known(shard, tensor)
+            if hashes is None or len(hashes) != grid.count * DIGEST_BYTES:
+                return None
+            with self._lock:
+                self._hashes[key] = hashes
+        return hashes
