@@ -120,7 +120,7 @@ def test_checkpoints_and_transactions_are_written_at_once(tmp_path: Path) -> Non
         assert catalog.checkpoints() == [checkpoint]
         assert [record.state for record in catalog.transactions()] == ["committed"]
         assert catalog.counts()["transactions"] == 1
-        assert catalog.size_on_disk() == (tmp_path / "data.mdb").stat().st_size
+        assert catalog.size_on_disk() == (tmp_path / "data.mdb").stat().st_blocks * 512 > 0
 
 
 @pytest.mark.parametrize(
@@ -250,12 +250,11 @@ def test_several_processes_fill_the_catalog_and_each_follows_the_growth_of_the_o
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_catalog_is_as_long_as_its_pages_say_even_when_a_transaction_gave_pages_back(tmp_path: Path) -> None:
+def test_a_catalog_is_as_long_as_its_map_even_when_a_transaction_gave_pages_back(tmp_path: Path) -> None:
     """LMDB alone leaves such a file shorter, which could not be told from one that was cut off."""
     store = Environment(tmp_path, ("a",))
-    big = [("a", b"big", os.urandom(300_000)), ("a", b"big", None)]
-    store.write(big)
-    assert (tmp_path / "data.mdb").stat().st_size >= store.size_on_disk() > 300_000
+    store.write([("a", b"big", os.urandom(300_000)), ("a", b"big", None)])
+    assert (tmp_path / "data.mdb").stat().st_size == environment_module._INITIAL_MAP
     store.close()
     Environment(tmp_path, ("a",)).close()
 
@@ -265,7 +264,7 @@ def test_a_catalog_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     store.write([("a", b"key", os.urandom(300_000))])
     store.close()
     os.truncate(tmp_path / "data.mdb", 100_000)
-    with pytest.raises(CatalogError, match=rf"{tmp_path}: .*has 100000 bytes and needs \d+.*move it away"):
+    with pytest.raises(CatalogError, match=rf"{tmp_path}: .*has 100000 bytes and needs \d+.*rebuilt"):
         Environment(tmp_path, ("a",))
 
 

@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 import msgspec
 from blake3 import blake3
 
+from mergefs.catalog.envelope import Envelope, UnsealedError, decode, enclose, today, unseal
 from mergefs.catalog.environment import Environment, Put
 from mergefs.catalog.records import (
     CheckpointRecord,
@@ -23,23 +24,12 @@ from mergefs.catalog.records import (
     VectorRecord,
     VocabularyRecord,
 )
+from mergefs.catalog.schema import META, SCHEMA, TABLES
 from mergefs.errors import CatalogError
 
-FORMAT: Final = 1
-TABLES: Final = (
-    "meta",
-    "checkpoints",
-    "contents",
-    "deltas",
-    "histograms",
-    "thresholds",
-    "numbers",
-    "vectors",
-    "vocabularies",
-    "plans",
-    "entries",
-    "transactions",
-)
+FORMAT: Final = 2
+"""2: every value is sealed and says when it was kept and what it is about."""
+FORMAT_KEY: Final = b"format"
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -56,22 +46,23 @@ class Catalog:
     """Statistics, plans and transactions by key. Safe to share between threads, and between processes."""
 
     def __init__(self, path: Path) -> None:
-        self._environment = Environment(path, TABLES)
+        self._environment = Environment.shared(path, TABLES)
         self._pending: list[Put] = []
         self._pending_lock = threading.Lock()
         self._check_format()
 
     def _check_format(self) -> None:
         """Stamp a new catalog; refuse one of another format."""
-        stamp = self._environment.get("meta", b"format")
+        stamp = self._environment.get(META, FORMAT_KEY)
         if stamp is None:
-            self._environment.write([("meta", b"format", str(FORMAT).encode())])
+            self._environment.write([(META, FORMAT_KEY, str(FORMAT).encode())])
         elif stamp != str(FORMAT).encode():
             path = self._environment.path
             self._environment.close()
             raise CatalogError(
                 f"{path}: the catalog has format {stamp.decode(errors='replace')!r} and this mergefs knows format "
-                f"'{FORMAT}'; upgrade mergefs, or name another directory with --catalog"
+                f"'{FORMAT}'; use the mergefs that made it, name another directory with --catalog, or move it away: "
+                "everything in it can be rebuilt"
             )
 
     @property
@@ -96,42 +87,42 @@ class Catalog:
         """Return the hashes of the tensor with the local key ``key``."""
         return self._get("contents", key, ContentRecord)
 
-    def keep_content(self, key: bytes, record: ContentRecord) -> None:
+    def keep_content(self, key: bytes, record: ContentRecord, about: bytes = b"") -> None:
         """Keep the hashes of a tensor at the next flush."""
-        self._keep("contents", key, record)
+        self._keep("contents", key, record, about)
 
     def delta(self, key: bytes) -> DeltaRecord | None:
         """Return the block statistics of a delta."""
         return self._get("deltas", key, DeltaRecord)
 
-    def keep_delta(self, key: bytes, record: DeltaRecord) -> None:
+    def keep_delta(self, key: bytes, record: DeltaRecord, about: bytes = b"") -> None:
         """Keep the block statistics of a delta at the next flush."""
-        self._keep("deltas", key, record)
+        self._keep("deltas", key, record, about)
 
     def histogram(self, key: bytes) -> HistogramRecord | None:
         """Return the magnitude histogram of a delta."""
         return self._get("histograms", key, HistogramRecord)
 
-    def keep_histogram(self, key: bytes, record: HistogramRecord) -> None:
+    def keep_histogram(self, key: bytes, record: HistogramRecord, about: bytes = b"") -> None:
         """Keep a magnitude histogram at the next flush."""
-        self._keep("histograms", key, record)
+        self._keep("histograms", key, record, about)
 
     def threshold(self, key: bytes) -> ThresholdRecord | None:
         """Return a threshold."""
         return self._get("thresholds", key, ThresholdRecord)
 
-    def keep_threshold(self, key: bytes, record: ThresholdRecord) -> None:
+    def keep_threshold(self, key: bytes, record: ThresholdRecord, about: bytes = b"") -> None:
         """Keep a threshold at the next flush."""
-        self._keep("thresholds", key, record)
+        self._keep("thresholds", key, record, about)
 
     def number(self, key: bytes) -> float | None:
         """Return a statistic that is one number."""
         record = self._get("numbers", key, NumberRecord)
         return None if record is None else record.value
 
-    def keep_number(self, key: bytes, value: float) -> None:
+    def keep_number(self, key: bytes, value: float, about: bytes = b"") -> None:
         """Keep a statistic that is one number at the next flush."""
-        self._keep("numbers", key, NumberRecord(value))
+        self._keep("numbers", key, NumberRecord(value), about)
 
     def vocabulary(self, key: bytes) -> VocabularyRecord | None:
         """Return a merged vocabulary."""
@@ -145,9 +136,9 @@ class Catalog:
         """Return a statistic that is several numbers."""
         return self._get("vectors", key, VectorRecord)
 
-    def keep_vector(self, key: bytes, record: VectorRecord) -> None:
+    def keep_vector(self, key: bytes, record: VectorRecord, about: bytes = b"") -> None:
         """Keep a statistic that is several numbers at the next flush."""
-        self._keep("vectors", key, record)
+        self._keep("vectors", key, record, about)
 
     def flush(self) -> None:
         """Write everything that waits to be kept, in one transaction."""
@@ -163,8 +154,14 @@ class Catalog:
         return self._get("checkpoints", local_identity.encode(), CheckpointRecord)
 
     def keep_checkpoint(self, local_identity: str, record: CheckpointRecord) -> None:
-        """Write down a checkpoint at once."""
-        self._environment.write([("checkpoints", local_identity.encode(), msgspec.msgpack.encode(record))])
+        """Write down at once that a checkpoint was seen, unless that is known of today."""
+        key = local_identity.encode()
+        value = self._environment.get("checkpoints", key)
+        if value is not None:
+            known = self._decode("checkpoints", key, value, CheckpointRecord)
+            if known.record == record and known.day == today():
+                return
+        self._environment.write([("checkpoints", key, enclose("checkpoints", key, record))])
 
     def checkpoints(self) -> list[CheckpointRecord]:
         """Return every checkpoint."""
@@ -184,10 +181,11 @@ class Catalog:
 
     def keep_plan(self, record: PlanRecord, entries: Iterable[PlanEntryRecord]) -> None:
         """Write a plan with its tensors in one transaction."""
-        encode = msgspec.msgpack.encode
-        prefix = record.plan_id.encode() + b"/"
-        puts: list[Put] = [("plans", record.plan_id.encode(), encode(record))]
-        puts += [("entries", prefix + _short(entry.name), encode(entry)) for entry in entries]
+        key = record.plan_id.encode()
+        puts: list[Put] = [("plans", key, enclose("plans", key, record))]
+        for entry in entries:
+            entry_key = key_of_entry(record.plan_id, entry.name)
+            puts.append(("entries", entry_key, enclose("entries", entry_key, entry)))
         self._environment.write(puts)
 
     def transactions(self) -> list[TransactionRecord]:
@@ -196,42 +194,51 @@ class Catalog:
 
     def keep_transaction(self, record: TransactionRecord) -> None:
         """Write the state of a transaction at once."""
-        self._environment.write([("transactions", record.transaction_id.encode(), msgspec.msgpack.encode(record))])
+        key = record.transaction_id.encode()
+        self._environment.write([("transactions", key, enclose("transactions", key, record))])
 
     # -- inspection ---------------------------------------------------------------------------------------------------
 
     def counts(self) -> dict[str, int]:
         """Return the number of records in each table."""
-        return {table: self._environment.count(table) for table in TABLES if table != "meta"}
+        return {table: self._environment.count(table) for table in SCHEMA}
 
     def size_on_disk(self) -> int:
         """Return the bytes that the catalog takes."""
         return self._environment.size_on_disk()
 
-    def _keep(self, table: str, key: bytes, record: msgspec.Struct) -> None:
+    def _keep(self, table: str, key: bytes, record: msgspec.Struct, about: bytes = b"") -> None:
         with self._pending_lock:
-            self._pending.append((table, key, msgspec.msgpack.encode(record)))
+            self._pending.append((table, key, enclose(table, key, record, about)))
 
     def _get(self, table: str, key: bytes, kind: type[RecordT]) -> RecordT | None:
         value = self._environment.get(table, key)
-        return None if value is None else self._decode(table, value, kind)
+        return None if value is None else self._decode(table, key, value, kind).record
 
     def _all(self, table: str, kind: type[RecordT], prefix: bytes = b"") -> list[RecordT]:
-        return [self._decode(table, value, kind) for _, value in self._environment.items(table, prefix)]
+        return [self._decode(table, key, value, kind).record for key, value in self._environment.items(table, prefix)]
 
-    def _decode(self, table: str, value: bytes, kind: type[RecordT]) -> RecordT:
+    def _decode(self, table: str, key: bytes, value: bytes, kind: type[RecordT]) -> Envelope[RecordT]:
         try:
-            return msgspec.msgpack.decode(value, type=kind)
-        except msgspec.DecodeError as error:
+            return decode(unseal(table, key, value), kind)
+        except (UnsealedError, msgspec.DecodeError) as error:
             raise CatalogError(
-                f"{self._environment.path}: a record of table {table!r} is damaged ({error}); everything in the "
-                "catalog can be rebuilt: move it away, or name another directory with --catalog"
+                f"{self._environment.path}: record {name_of_key(key)} of table {table!r} is damaged ({error}); "
+                "`mergefs catalog check --repair` removes it, and what it held is gathered again when it is needed"
             ) from error
 
 
-def _short(name: str) -> bytes:
-    """Return ``name`` as part of a key; LMDB keys have at most 511 bytes, so a long one ends in its hash."""
+def key_of_entry(plan_id: str, name: str) -> bytes:
+    """Return the key of one tensor of a plan; LMDB keys have at most 511 bytes, so a long name ends in its hash."""
     encoded = name.encode()
-    if len(encoded) <= 300:
-        return encoded
-    return encoded[:200] + blake3(encoded).digest()
+    short = encoded if len(encoded) <= 300 else encoded[:200] + blake3(encoded).digest()
+    return plan_id.encode() + b"/" + short
+
+
+def name_of_key(key: bytes) -> str:
+    """Return a key for people: text where it is text, else hexadecimal digits."""
+    try:
+        text = key.decode("ascii")
+    except UnicodeDecodeError:
+        return key.hex()
+    return text if text.isprintable() else key.hex()

@@ -3,53 +3,104 @@
 LMDB lets a map grow only while the process has no transaction open, so transactions are counted, and the one that
 found the map full waits for the others. Readers never wait for a writer.
 
-LMDB maps its files, and a mapped page that no disk block stands behind kills the process when it is touched. So the
-lock file gets its blocks before LMDB maps it, and a data file that is shorter than its pages say is refused.
+LMDB maps its files, and a mapped page beyond the end of a file kills the process that touches it. So both files get
+their size before LMDB maps it: the lock file with disk blocks, since it is written through the map, the data file
+without any for what nobody has written. A data file that is shorter than its pages say was cut off, and is refused.
 """
 
 import errno
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lmdb
 
+from mergefs.catalog.directory import DATA, READERS, Users, allocate, refuse_network, stretch
 from mergefs.errors import CatalogError
 
-_INITIAL_MAP = 256 * 2**20
+_INITIAL_MAP = 16 * 2**20
 _LARGEST_MAP = 2**40
 _LOCK_FILE_SIZE = 128 * 2**10
 """Above the 64 bytes that each of 1,024 readers takes, and the same in every process."""
-_EXTENDING_DEADLINE = 1.0
-"""Seconds within which another process has extended its file after a commit."""
 
 Put = tuple[str, bytes, bytes | None]
 """A table, a key, and the value to keep there (None removes the key)."""
 
+REBUILD = "everything in it can be rebuilt: `mergefs catalog check` says what is left of it"
+"""What to do about damage."""
+
 
 class Environment:
-    """The tables of one catalog directory. Open it after forking, never before."""
+    """The tables of one catalog directory. It must be opened after forking, never before.
+
+    A process opens a directory once (LMDB's own locks allow no more): use ``Environment.shared``.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _opened: ClassVar[dict[tuple[int, Path], tuple["Environment", int]]] = {}
+
+    @classmethod
+    def shared(cls, path: Path, tables: Sequence[str]) -> "Environment":
+        """Return the environment of ``path`` that this process has open, or open it; ``close`` it as often."""
+        key = (os.getpid(), Path(os.path.realpath(path)))
+        with cls._lock:
+            found, uses = cls._opened.get(key) or (cls(path, tables), 0)
+            found._key = key
+            cls._opened[key] = (found, uses + 1)
+            return found
 
     def __init__(self, path: Path, tables: Sequence[str]) -> None:
         self._path = path
+        self._process = os.getpid()
+        self._key: tuple[int, Path] | None = None
         self._condition = threading.Condition()
         self._active = 0
         self._growers = 0
         try:
+            refuse_network(next(place for place in (path, *path.parents) if place.exists()))
             path.mkdir(parents=True, exist_ok=True)
-            _allocate(path / "lock.mdb", _LOCK_FILE_SIZE)
-            self._lmdb: Any = lmdb.open(
-                str(path), map_size=_INITIAL_MAP, max_dbs=len(tables), max_readers=1024, create=True
-            )
+            self._users = Users(path)
+        except OSError as error:
+            raise self._explain("opened", error) from error
+        try:
+            alone = self._users.enter()
+            self._refuse_missing(alone)
+            self._open(tables)
+            if alone:
+                self._users.share()
+        except (lmdb.Error, OSError) as error:
+            self._users.close()
+            raise self._explain("opened", error) from error
+        except BaseException:
+            self._users.close()
+            raise
+
+    def _open(self, tables: Sequence[str]) -> None:
+        """Give the files their sizes and open them."""
+        allocate(self._path / READERS, _LOCK_FILE_SIZE)
+        self._lmdb: Any = lmdb.open(
+            str(self._path), map_size=_INITIAL_MAP, max_dbs=len(tables) + 1, max_readers=1024, create=True
+        )
+        try:
             self._refuse_truncated()
+            self._stretch()
             self._lmdb.reader_check()
             self._tables = {name: self._lmdb.open_db(name.encode()) for name in tables}
-        except (lmdb.Error, OSError) as error:
-            raise self._explain("opened", error) from error
+        except BaseException:
+            self._lmdb.close()
+            raise
+
+    def _refuse_missing(self, alone: bool) -> None:
+        """Raise CatalogError where one of the files was removed while other processes have it open."""
+        missing = [name for name in (DATA, READERS) if not (self._path / name).exists()]
+        if missing and not alone:
+            raise CatalogError(
+                f"{self._path}: {missing[0]} was removed while {self._users.names()} had the catalog open, and two "
+                "processes must not use different files; end that process, and the catalog starts anew"
+            )
 
     @property
     def path(self) -> Path:
@@ -68,9 +119,13 @@ class Environment:
         with self._transaction(write=False) as transaction, transaction.cursor(db=self._tables[table]) as cursor:
             if not cursor.set_range(prefix):
                 return found
+            last = None
             for key, value in cursor:
                 if not key.startswith(prefix):
                     break
+                if last is not None and key <= last:
+                    raise lmdb.CorruptedError(f"keys of table {table!r} are out of order")
+                last = key
                 found.append((key, value))
         return found
 
@@ -80,9 +135,8 @@ class Environment:
             return int(transaction.stat(self._tables[table])["entries"])
 
     def size_on_disk(self) -> int:
-        """Return the bytes of the pages in use."""
-        with self._transaction(write=False):
-            return self._file_sizes()[1]
+        """Return the bytes that the file takes on the disk."""
+        return (self._path / DATA).stat().st_blocks * 512
 
     def write(self, puts: Sequence[Put]) -> None:
         """Apply ``puts`` in one durable transaction: all of them or none."""
@@ -101,8 +155,8 @@ class Environment:
             except lmdb.MapFullError:
                 if not announced:
                     self._announce_growth()
-                self._grow(double=True)
-        self._extend()
+                # A process that was killed while it read keeps pages from being used again.
+                self._grow(double=not self._lmdb.reader_check())
 
     def _apply(self, puts: Sequence[Put], transaction: Any) -> None:
         """Put and delete within a transaction."""
@@ -113,8 +167,16 @@ class Environment:
                 transaction.put(key, value, db=self._tables[table])
 
     def close(self) -> None:
-        """Close the environment."""
-        self._lmdb.close()
+        """Close the environment, unless others of this process still use it."""
+        with self._lock:
+            if self._key is not None:
+                found, uses = self._opened[self._key]
+                if uses > 1:
+                    self._opened[self._key] = (found, uses - 1)
+                    return
+                del self._opened[self._key]
+            self._lmdb.close()
+            self._users.close()
 
     @contextmanager
     def _transaction(self, write: bool) -> Iterator[Any]:
@@ -133,6 +195,11 @@ class Environment:
 
     def _begin(self, write: bool) -> Any:
         """Begin a transaction; where another process has grown the map, follow it first."""
+        if os.getpid() != self._process:
+            raise CatalogError(
+                f"{self._path}: the catalog was opened before this process forked, and LMDB does not survive that; "
+                "open it in the new process"
+            )
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._growers == 0)
@@ -168,6 +235,8 @@ class Environment:
                     raise CatalogError(
                         f"{self._path}: the catalog has outgrown {_LARGEST_MAP} bytes; start another one"
                     )
+                if double:
+                    stretch(self._path / DATA, size)
                 self._lmdb.set_mapsize(size if double else 0)
             finally:
                 self._growers -= 1
@@ -181,28 +250,15 @@ class Environment:
         needed = (int(self._lmdb.info()["last_pgno"]) + 1) * int(self._lmdb.stat()["psize"])
         return (self._path / "data.mdb").stat().st_size, needed
 
-    def _extend(self) -> None:
-        """Give the data file the size that its pages say.
-
-        LMDB leaves out pages at its end that a transaction took and gave back; without them, a file that somebody cut
-        off would look the same.
-        """
-        with self._transaction(write=False):
-            size, needed = self._file_sizes()
-        if size < needed:
-            _allocate(self._path / "data.mdb", needed)
-
     def _refuse_truncated(self) -> None:
         """Raise CatalogError when the data file has been cut off."""
-        deadline = time.monotonic() + _EXTENDING_DEADLINE
-        while True:
-            size, needed = self._file_sizes()
-            if size >= needed:
-                return
-            if time.monotonic() > deadline:
-                self._lmdb.close()
-                raise self._explain("opened", lmdb.CorruptedError(f"data.mdb has {size} bytes and needs {needed}"))
-            time.sleep(0.02)  # another process may be extending it, which nothing announces
+        size, needed = self._file_sizes()
+        if size < needed:
+            raise lmdb.CorruptedError(f"{DATA} has {size} bytes and needs {needed}")
+
+    def _stretch(self) -> None:
+        """Give the data file the size of the map."""
+        stretch(self._path / DATA, int(self._lmdb.info()["map_size"]))
 
     def _explain(self, verb: str, error: Exception) -> CatalogError:
         """Return a sentence for an error of LMDB or of the file system."""
@@ -212,18 +268,7 @@ class Environment:
             if number == errno.ENOSPC or isinstance(error, lmdb.DiskError)
             else "make it writable, or name another directory with --catalog"
             if isinstance(error, (OSError, lmdb.ReadonlyError))
-            else "everything in it can be rebuilt: move it away, or name another directory with --catalog"
+            else REBUILD
         )
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return CatalogError(f"{self._path}: the catalog cannot be {verb} ({reason}); {remedy}")
-
-
-def _allocate(path: Path, size: int) -> None:
-    """Make a file ``size`` bytes long, with disk blocks for all of them; one that is longer stays as it is."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if os.fstat(descriptor).st_size < size:
-            os.posix_fallocate(descriptor, 0, size)
-            os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -75,8 +75,7 @@ def record_checkpoints(sources: Iterable[WeightSource], catalog: Catalog) -> Non
         identity = checkpoint_identity(checkpoint, catalog)
         content = None if identity == checkpoint.local_identity else identity
         record = CheckpointRecord(str(checkpoint.path), len(checkpoint.tensors), checkpoint.total_bytes, content)
-        if catalog.checkpoint(checkpoint.local_identity) != record:
-            catalog.keep_checkpoint(checkpoint.local_identity, record)
+        catalog.keep_checkpoint(checkpoint.local_identity, record)
 
 
 def _missing(tensor: TensorPlan, catalog: Catalog) -> tuple[Place, ...]:

@@ -13,9 +13,9 @@ from mergefs.errors import NonFiniteError
 from mergefs.kernels.precision import Array, Raw, is_finite, load
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
-from mergefs.sources.place import Place
+from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.identity import KEY_BYTES, digest, local_key, tensor_keys
+from mergefs.statistics.identity import KEY_BYTES, digest, local_key, sources_of, tensor_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,16 @@ def analyze_tensor(
                 bits = f"u{delta.dtype.itemsize}" if compute.bits == 64 else "u4"
                 changed[index, block] = np.count_nonzero(values[index].view(bits) != values[base].view(bits))
     for place, hasher in zip(places, hashers, strict=True):
-        catalog.keep_content(local_key(place), hasher.record())
+        catalog.keep_content(local_key(place), hasher.record(), _files_of(place))
     digests = [hasher.record().digest for hasher in hashers]
     for index in range(len(places)):
         if index != base:
             key = digest("delta", compute.name, digests[index], digests[base])
+            about = b"".join(_sources_of(places[at], digests[at], catalog) for at in (index, base))
             catalog.keep_delta(
                 key,
                 DeltaRecord(norms[index].astype("<f4").tobytes(), changed[index].astype("<u4").tobytes()),
+                about,
             )
 
 
@@ -95,7 +97,17 @@ def hash_tensor(place: Place, catalog: Catalog, reader: SourceReader) -> None:
         if dtype.is_float and not is_finite(raw, dtype):
             raise _non_finite(place, load(raw, dtype, dtype), start)
         hasher.update(raw)
-    catalog.keep_content(local_key(place), hasher.record())
+    catalog.keep_content(local_key(place), hasher.record(), _files_of(place))
+
+
+def _files_of(place: Place) -> bytes:
+    """Return the local keys of the tensors in files that ``place`` is made of: what its hashes are about."""
+    return b"".join(map(local_key, place.stored()))
+
+
+def _sources_of(place: Place, content: bytes, catalog: Catalog) -> bytes:
+    """Return what statistics of a place are about whose content has just been hashed and is not kept yet."""
+    return content if isinstance(place, StoredTensor) else sources_of(catalog, place)
 
 
 class _ContentHasher:

@@ -57,6 +57,15 @@ def known_blocks(shard: Shard, tensor: TensorSource, catalog: Catalog) -> bytes 
     return None if content is None else content.blocks
 
 
+def sources_of(catalog: Catalog, *places: Place) -> bytes:
+    """Return the keys of the tensors in files that ``places`` are made of: what a statistic of them is about.
+
+    Those are hashes of contents where they are known, else local keys.
+    """
+    stored = {tensor_keys(tensor, catalog)[0]: None for place in places for tensor in place.stored()}
+    return b"".join(stored)
+
+
 def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]]) -> str:
     """Return the identity of a checkpoint from (name, dtype, shape, content digest) of every tensor.
 

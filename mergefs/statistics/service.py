@@ -33,7 +33,7 @@ from mergefs.methods.registry import method_origin
 from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
-from mergefs.statistics.identity import digest, tensor_keys
+from mergefs.statistics.identity import digest, sources_of, tensor_keys
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
 from mergefs.statistics.row_means import mean_row
@@ -83,7 +83,7 @@ class StatisticsService:
             known = next((record for key in keys if (record := self._catalog.vector(key)) is not None), None)
             if known is None:
                 known = VectorRecord(mean_row(rows, self._reader).astype("<f8").tobytes())
-                self._catalog.keep_vector(keys[0], known)
+                self._catalog.keep_vector(keys[0], known, sources_of(self._catalog, rows))
                 self._catalog.flush()
         return store(np.frombuffer(known.values, dtype="<f8").astype(np.float64), F64, rows.dtype)
 
@@ -120,7 +120,8 @@ class StatisticsService:
             else:
                 found[statistic] = known
         for statistic, answer in answer_quantities(tuple(missing), stream).items():
-            self._keep(missing[statistic], answer)
+            about = sources_of(self._catalog, *(stream.places[model] for model in statistic.models))
+            self._keep(missing[statistic], answer, about)
             found[statistic] = answer
         return found
 
@@ -134,14 +135,14 @@ class StatisticsService:
             return None if vector is None else np.frombuffer(vector.values, dtype="<f8").astype(np.float64)
         return self._catalog.number(key)
 
-    def _keep(self, key: bytes, answer: Answer) -> None:
+    def _keep(self, key: bytes, answer: Answer, about: bytes) -> None:
         """Keep an answer in the catalog."""
         if isinstance(answer, Threshold):
-            self._catalog.keep_threshold(key, ThresholdRecord(answer.key, answer.cut))
+            self._catalog.keep_threshold(key, ThresholdRecord(answer.key, answer.cut), about)
         elif isinstance(answer, float):
-            self._catalog.keep_number(key, answer)
+            self._catalog.keep_number(key, answer, about)
         else:
-            self._catalog.keep_vector(key, VectorRecord(answer.astype("<f8").tobytes()))
+            self._catalog.keep_vector(key, VectorRecord(answer.astype("<f8").tobytes()), about)
 
     def _answer(
         self,
@@ -163,7 +164,7 @@ class StatisticsService:
             return known
         outliers = self._threshold(pair, statistic.beyond) if statistic.beyond else None
         value = thresholds.rescale_factor(pair, limit, outliers)
-        self._catalog.keep_number(keys[0], value)
+        self._catalog.keep_number(keys[0], value, sources_of(self._catalog, pair.expert, pair.base))
         return value
 
     def _keys(self, kind: str, places: tuple[Place, ...], compute: DType, argument: int | str) -> list[bytes]:
@@ -185,7 +186,8 @@ class StatisticsService:
             if record is not None:
                 return Threshold(record.key, record.cut)
         limit = thresholds.threshold(pair, self._histogram(pair), keep)
-        self._catalog.keep_threshold(keys[0], ThresholdRecord(limit.key, limit.cut))
+        about = sources_of(self._catalog, pair.expert, pair.base)
+        self._catalog.keep_threshold(keys[0], ThresholdRecord(limit.key, limit.cut), about)
         return limit
 
     def _histogram(self, pair: TensorPair) -> NDArray[np.int64]:
@@ -199,9 +201,8 @@ class StatisticsService:
                 return counts
         counts = thresholds.magnitude_histogram(pair)
         filled = np.flatnonzero(counts)
-        self._catalog.keep_histogram(
-            keys[0], HistogramRecord(filled.astype("<u2").tobytes(), counts[filled].astype("<u8").tobytes())
-        )
+        record = HistogramRecord(filled.astype("<u2").tobytes(), counts[filled].astype("<u8").tobytes())
+        self._catalog.keep_histogram(keys[0], record, sources_of(self._catalog, pair.expert, pair.base))
         return counts
 
 
