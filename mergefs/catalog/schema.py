@@ -156,9 +156,9 @@ SCHEMA: Final[Mapping[str, Table]] = {
             "name": "name of the merged tensor",
             "dtype": "its dtype",
             "shape": "its shape",
-            "selection": "what is read of each input, none where that is everything: elements of a cell; for each input "
-            "the level of each cell, uint8, zlib; the input whose bytes each block takes, int16, zlib; packed bits of the "
-            "blocks that are computed",
+            "selection": "what is read of each input, none where that is everything: elements of a cell; for each "
+            "input the level of each cell (uint8, zlib); the input whose bytes each block takes (int16, zlib); packed "
+            "bits of the blocks that are computed",
         },
         again="it is made again when the recipe of its plan is planned",
     ),
