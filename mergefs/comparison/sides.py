@@ -1,20 +1,18 @@
 """What can be compared: the tensors of a model directory, and those of a plan, computed when they are read."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import numpy as np
-
 from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
 from mergefs.engine.engine import Engine
 from mergefs.engine.resources import Resources
+from mergefs.planner.identity import bought_digest
 from mergefs.planner.merged import MergedTensor
-from mergefs.planner.plan import MergePlan, Selection, TensorPlan
+from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.sources.place import Place, StoredTensor
 from mergefs.statistics.identity import digest, tensor_keys
 
@@ -67,9 +65,9 @@ def entry_keys(place: MergedTensor, catalog: Catalog) -> frozenset[bytes]:
     places = [*tensor.places, *([tensor.stand_in] if tensor.stand_in is not None else [])]
     known = [tensor_keys(place, catalog) for place in places]
     roles = ",".join(role.value for role in tensor.roles)
-    selection = _selection_digest(tensor.selection)
+    bought = bought_digest(tensor)
     both = (tuple(keys[0] for keys in known), tuple(keys[-1] for keys in known))
-    return frozenset(digest("entry", place.formula, roles, selection, *keys) for keys in both)
+    return frozenset(digest("entry", place.formula, roles, bought, *keys) for keys in both)
 
 
 def _original(tensor: TensorPlan) -> Place | None:
@@ -85,11 +83,3 @@ def _original(tensor: TensorPlan) -> Place | None:
 def _keys(place: Place, catalog: Catalog) -> frozenset[bytes]:
     """Return what the catalog knows a place by."""
     return frozenset(tensor_keys(place, catalog))
-
-
-def _selection_digest(selection: Selection | None) -> bytes:
-    """Return a hash of what a budget buys of a tensor."""
-    if selection is None:
-        return b""
-    parts = (np.ascontiguousarray(getattr(selection, field.name)) for field in dataclasses.fields(selection))
-    return digest("selection", *(part.tobytes() for part in parts))

@@ -99,13 +99,18 @@ def _selection_digest(tensors: Sequence[TensorPlan]) -> str | None:
         return None
     hasher = blake3()
     for tensor in tensors:
-        selection = tensor.selection
-        hasher.update(tensor.name.encode() + b"\0")
-        if selection is None:
-            continue
-        hasher.update(str(selection.cell).encode() + b"\0")
-        hasher.update(selection.levels.tobytes() + selection.computed.tobytes())
-        for coded, levels in zip(tensor.coded, selection.levels, strict=False):
-            if coded is not None and ((levels != NOTHING) & (levels < EQUAL)).any():
-                hasher.update(coded.digest)
+        hasher.update(tensor.name.encode() + b"\0" + bought_digest(tensor))
     return hasher.hexdigest(length=16)
+
+
+def bought_digest(tensor: TensorPlan) -> bytes:
+    """Return a hash of what is bought of one tensor; nothing where that is everything."""
+    selection = tensor.selection
+    if selection is None or selection.complete:
+        return b""
+    hasher = blake3(str(selection.cell).encode() + b"\0")
+    hasher.update(selection.levels.tobytes() + selection.computed.tobytes())
+    for coded, levels in zip(tensor.coded, selection.levels, strict=False):
+        if coded is not None and ((levels != NOTHING) & (levels < EQUAL)).any():
+            hasher.update(coded.digest)
+    return hasher.digest(length=16)
