@@ -19,6 +19,7 @@ ROOMS = (
     ("sources",),
     ("catalog",),
     ("statistics",),
+    ("planes",),
     ("tokenizer",),
     ("planner",),
     ("engine",),

@@ -18,6 +18,7 @@ from mergefs.catalog.records import (
     HistogramRecord,
     NumberRecord,
     PlanEntryRecord,
+    PlanesRecord,
     PlanRecord,
     ThresholdRecord,
     TransactionRecord,
@@ -98,6 +99,14 @@ class Catalog:
     def keep_delta(self, key: bytes, record: DeltaRecord, about: bytes = b"") -> None:
         """Keep the block statistics of a delta at the next flush."""
         self._keep("deltas", key, record, about)
+
+    def planes(self, key: bytes) -> PlanesRecord | None:
+        """Return where the planes of a delta are kept."""
+        return self._get("planes", key, PlanesRecord)
+
+    def keep_planes(self, key: bytes, record: PlanesRecord, about: bytes = b"") -> None:
+        """Keep where the planes of a delta are, at the next flush."""
+        self._keep("planes", key, record, about)
 
     def histogram(self, key: bytes) -> HistogramRecord | None:
         """Return the magnitude histogram of a delta."""

@@ -24,6 +24,26 @@ class DeltaRecord(msgspec.Struct, frozen=True, array_like=True):
     changed: bytes
 
 
+class PlanesRecord(msgspec.Struct, frozen=True, array_like=True):
+    """The delta planes of an expert's tensor: a run of bytes from ``offset`` of a file in the catalog's directory.
+
+    ``cell`` and ``group`` are elements, ``coded`` (uint32) says for each cell how many of its elements have bits,
+    ``left`` (float32, a row for each level from 0 on) the squared error of each cell. ``digest`` is of the coded bytes
+    and of all that decoding depends on.
+    """
+
+    planes: int
+    cell: int
+    group: int
+    coded: bytes
+    left: bytes
+    digest: bytes
+    file: str
+    file_size: int
+    mtime_ns: int
+    offset: int
+
+
 class HistogramRecord(msgspec.Struct, frozen=True, array_like=True):
     """How many magnitudes of a delta fall into each of 32,768 bins: the bins that are not empty, and their counts."""
 

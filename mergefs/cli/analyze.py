@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 @click.command(name="analyze")
 @click.argument("targets", metavar="RECIPE_OR_MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="Model to compare the experts with, where a recipe has no base.")
+@click.option(
+    "--planes",
+    metavar="N",
+    type=click.IntRange(1, 8),
+    help="Also keep the deltas of a recipe's experts in N planes (1 to 8), each a sixteenth of their 16 bit weights.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
-def command(settings: Settings, targets: tuple[Path, ...], base: str | None, as_json: bool) -> None:
+def command(
+    settings: Settings, targets: tuple[Path, ...], base: str | None, planes: int | None, as_json: bool
+) -> None:
     """Read models once and keep what budgets and methods need to know of them.
 
     A recipe has its models hashed, the deltas of its experts measured, and the statistics of its method gathered. A
