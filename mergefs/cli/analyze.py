@@ -1,6 +1,7 @@
 """``mergefs analyze``."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from mergefs.cli.settings import Settings
 
 if TYPE_CHECKING:
     from mergefs.engine.workspace import Workspace
+    from mergefs.planes.analysis import PlanesWritten
     from mergefs.progress import Progress
 
 
@@ -24,13 +26,15 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
-def command(
-    settings: Settings, targets: tuple[Path, ...], base: str | None, planes: int | None, as_json: bool
-) -> None:
+def command(settings: Settings, targets: tuple[Path, ...], base: str | None, planes: int | None, as_json: bool) -> None:
     """Read models once and keep what budgets and methods need to know of them.
 
     A recipe has its models hashed, the deltas of its experts measured, and the statistics of its method gathered. A
     model directory, or an adapter's, is hashed. What the catalog knows already is not read again.
+
+    With --planes, budgets can buy the deltas of a recipe's experts in part: a first plane of a sixteenth of the bytes
+    of 16 bit weights holds the coarse of each delta, and every plane after it about halves what is still missing. They
+    are kept in the catalog's directory.
     """
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json, print_table
@@ -39,40 +43,86 @@ def command(
     from mergefs.units import format_size
 
     identities: dict[str, str] = {}
+    written: dict[str, PlanesWritten] = {}
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
         with progress() as listener:
             for target in targets:
-                identities |= _analyze(target, base, workspace, listener)
+                found, kept = _analyze(target, base, planes, workspace, listener)
+                identities |= found
+                written |= kept
     finally:
         workspace.close()
     read = workspace.ledger.totals().analysis_bytes_read
     if as_json:
         models = [{"path": path, "identity": identity} for path, identity in identities.items()]
-        print_json({"models": models, "analysis_bytes_read": read})
+        content: dict[str, object] = {"models": models, "analysis_bytes_read": read}
+        if planes is not None:
+            content["planes"] = [_as_json(expert, entry) for expert, entry in written.items()]
+        print_json(content)
         return
     print_table(("model", "identity"), list(identities.items()))
+    if planes is not None:
+        _show_planes(written, workspace.catalog.path)
     click.echo(f"read {format_size(read)}" if read else "everything was known already")
 
 
-def _analyze(target: Path, base: str | None, workspace: "Workspace", listener: "Progress") -> dict[str, str]:
-    """Analyse one target and return the identities of its models by path."""
+def _as_json(expert: str, entry: "PlanesWritten") -> dict[str, object]:
+    """Return what was written for an expert as JSON types."""
+    return {
+        "path": expert,
+        "tensors_coded": entry.tensors,
+        "tensors_known": entry.known,
+        "tensors_equal": entry.equal,
+        "bytes_written": entry.bytes_written,
+        "files": [str(path) for path in entry.files],
+    }
+
+
+def _show_planes(written: Mapping[str, "PlanesWritten"], catalog: Path) -> None:
+    """Print how many bytes of planes were written for each expert, and where they are."""
+    from mergefs.cli.output import print_table
+    from mergefs.planes.files import planes_directory
+    from mergefs.units import format_size
+
+    rows = [
+        (expert, str(entry.tensors), str(entry.known), str(entry.equal), format_size(entry.bytes_written))
+        for expert, entry in written.items()
+    ]
+    columns = ("expert", "tensors coded", "coded before", "the base's own", "written")
+    print_table(columns, rows, numeric=range(1, len(columns)))
+    click.echo(f"delta planes are in {planes_directory(catalog)}")
+
+
+def _analyze(
+    target: Path, base: str | None, planes: int | None, workspace: "Workspace", listener: "Progress"
+) -> tuple[dict[str, str], dict[str, "PlanesWritten"]]:
+    """Analyse one target and return the identities of its models and what planes were written, by path."""
     from mergefs.checkpoint import open_checkpoint
     from mergefs.checkpoint.adapter import is_adapter, open_adapter
     from mergefs.checkpoint.checkpoint import WeightSource
+    from mergefs.errors import UsageError
+    from mergefs.planes.analysis import analyze_planes
     from mergefs.planner.analysis import analyze_family, record_checkpoints
     from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
+    from mergefs.planner.planes import delta_tasks
     from mergefs.recipe.model import load_recipe
     from mergefs.statistics.identity import checkpoint_identity
 
     catalog = workspace.catalog
     sources: tuple[WeightSource, ...]
+    written: dict[str, PlanesWritten] = {}
     if not os.path.isdir(target):  # noqa: PTH112 - is_dir() raises where access is denied
         draft = draft_plan(load_recipe(target), PlanOptions(base=base), workspace)
         analyze_draft(draft, workspace, listener)
         sources = draft.sources
+        if planes is not None:
+            tasks = delta_tasks(draft.tensors, sources, planes)
+            written = analyze_planes(tasks, catalog, workspace.reader, listener)
+    elif planes is not None:
+        raise UsageError(f"--planes is for recipes, and {target} is a model directory; name a recipe, or leave it out")
     else:
         sources = (open_adapter(target) if is_adapter(target) else open_checkpoint(target),)
         analyze_family((), sources, catalog, workspace.reader, listener)
     record_checkpoints(sources, catalog)
-    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in sources}
+    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in sources}, written

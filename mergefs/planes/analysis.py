@@ -10,9 +10,9 @@ import msgspec
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import PlanesRecord
-from mergefs.planes.coded import known_planes, planes_directory, planes_keys
+from mergefs.planes.coded import known_planes, planes_keys
 from mergefs.planes.encoding import DeltaTask, TensorEncoder, encoding_pool
-from mergefs.planes.files import PlaneFile, remove_leftovers
+from mergefs.planes.files import PlaneFile, planes_directory, remove_leftovers
 from mergefs.progress import Progress
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.identity import sources_of, tensor_keys
@@ -25,11 +25,12 @@ _FILE_BYTES: Final = 256 * 2**20
 class PlanesWritten:
     """What was done for one expert: tensors coded now, bytes written, and the files that they are in.
 
-    ``known`` tensors had enough planes already.
+    ``known`` tensors had enough planes already, ``equal`` ones are the base's and need none.
     """
 
     tensors: int = 0
     known: int = 0
+    equal: int = 0
     bytes_written: int = 0
     files: tuple[Path, ...] = ()
 
@@ -43,25 +44,25 @@ def analyze_planes(
     every so often, and what is whole also where the work ends by an error, so it goes on from there.
     Raises NonFiniteError, CatalogError where files cannot be written, and the errors of reading.
     """
-    remove_leftovers(planes_directory(catalog))
-    missing = {expert: _missing(wanted, catalog) for expert, wanted in tasks.items()}
+    remove_leftovers(planes_directory(catalog.path))
+    differing = {
+        expert: [task for task in wanted if not _is_the_bases(task, catalog)] for expert, wanted in tasks.items()
+    }
+    missing = {
+        expert: [task for task in wanted if not _is_known(task, catalog)] for expert, wanted in differing.items()
+    }
     total = sum(task.expert.nbytes for work in missing.values() for task in work)
     if total:
         progress.start("coding deltas", total)
     done: dict[str, PlanesWritten] = {}
     with encoding_pool() as pool:
         for expert, work in missing.items():
-            run = _Run(catalog, reader, pool, progress)
-            known = len(tasks[expert]) - len(work)
-            done[expert] = replace(run.encode(work), known=known)
+            written = _Run(catalog, reader, pool, progress).encode(work)
+            differ = len(differing[expert])
+            done[expert] = replace(written, known=differ - written.tensors, equal=len(tasks[expert]) - differ)
     if total:
         progress.finish()
     return done
-
-
-def _missing(wanted: Sequence[DeltaTask], catalog: Catalog) -> list[DeltaTask]:
-    """Return the tasks whose tensors differ from the base's as far as is known, and whose planes are not there."""
-    return [task for task in wanted if not _is_the_bases(task, catalog) and not _is_known(task, catalog)]
 
 
 def _is_the_bases(task: DeltaTask, catalog: Catalog) -> bool:
@@ -103,7 +104,7 @@ class _Run:
 
     def _encode(self, task: DeltaTask) -> None:
         """Append the records of one tensor to the file, and begin another file where it has become large."""
-        file = self._file = self._file or PlaneFile(planes_directory(self._catalog))
+        file = self._file = self._file or PlaneFile(planes_directory(self._catalog.path))
         encoder = TensorEncoder(task, self._reader, self._pool)
         begin = file.size
         for cell, encoded in enumerate(encoder):
@@ -151,5 +152,5 @@ class _Run:
             written,
             tensors=written.tensors + len(whole),
             bytes_written=written.bytes_written + status.st_size,
-            files=(*written.files, planes_directory(self._catalog) / name),
+            files=(*written.files, planes_directory(self._catalog.path) / name),
         )

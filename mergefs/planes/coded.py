@@ -1,7 +1,6 @@
 """Coded deltas of experts' tensors: what the catalog knows of them, and their values."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -14,6 +13,7 @@ from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
 from mergefs.planes.cell import decode_cell, is_sound
+from mergefs.planes.files import planes_directory
 from mergefs.planes.layout import RecordLayout
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
@@ -84,11 +84,6 @@ class CodedDelta:
         return decode_cell(record, base_values, self.compute, self.layout.group, coded, level)
 
 
-def planes_directory(catalog: Catalog) -> Path:
-    """Return where the files of planes lie."""
-    return catalog.path / "planes"
-
-
 def planes_keys(expert: Place, base: Place, compute: DType, catalog: Catalog) -> list[bytes]:
     """Return the keys that the planes of a delta may be kept under, the best first."""
     options = [tensor_keys(place, catalog) for place in (expert, base)]
@@ -122,7 +117,7 @@ def known_planes(expert: Place, base: Place, compute: DType, catalog: Catalog) -
 
 def _file(record: PlanesRecord, catalog: Catalog) -> AuxiliaryFile | None:
     """Return the file that a record points into, or None where it is not the one that was written."""
-    path = planes_directory(catalog) / record.file
+    path = planes_directory(catalog.path) / record.file
     try:
         found = Fingerprint.of(path.stat())
     except OSError:

@@ -15,6 +15,11 @@ _UNFINISHED: Final = ".unfinished"
 _SUFFIX: Final = ".planes"
 
 
+def planes_directory(catalog: Path) -> Path:
+    """Return where the files of planes lie, beside the tables of the catalog in the directory ``catalog``."""
+    return catalog / "planes"
+
+
 class PlaneFile:
     """A file that grows until it is committed or given up; its name is the hash of its bytes.
 
