@@ -86,7 +86,7 @@ class _Run:
         self._pool = pool
         self._progress = progress
         self._file: PlaneFile | None = None
-        self._whole: list[tuple[bytes, PlanesRecord]] = []
+        self._whole: dict[bytes, tuple[PlanesRecord, bytes]] = {}
         self._written = PlanesWritten()
 
     def encode(self, tasks: Sequence[DeltaTask]) -> PlanesWritten:
@@ -94,10 +94,10 @@ class _Run:
         try:
             for task in tasks:
                 # Two tensors of an expert may have the same bytes.
-                if not any(key == self._key(task) for key, _ in self._whole) and not _is_known(task, self._catalog):
-                    self._encode(task)
-                else:
+                if self._key(task) in self._whole or _is_known(task, self._catalog):
                     self._progress.advance(task.expert.nbytes)
+                else:
+                    self._encode(task)
         finally:
             self._commit()
         return self._written
@@ -125,7 +125,7 @@ class _Run:
             offset=begin,
         )
         file.seal()
-        self._whole.append((self._key(task), record))
+        self._whole[self._key(task)] = record, sources_of(self._catalog, task.expert, task.base)
         if file.size >= _FILE_BYTES:
             self._commit()
 
@@ -136,16 +136,16 @@ class _Run:
     def _commit(self) -> None:
         """Close the file and record the tensors that are whole; without any there is no file."""
         file, whole = self._file, self._whole
-        self._file, self._whole = None, []
+        self._file, self._whole = None, {}
         if file is None:
             return
         if not whole:
             file.give_up()
             return
         name, status = file.commit()
-        for key, record in whole:
+        for key, (record, about) in whole.items():
             placed = msgspec.structs.replace(record, file=name, file_size=status.st_size, mtime_ns=status.st_mtime_ns)
-            self._catalog.keep_planes(key, placed)
+            self._catalog.keep_planes(key, placed, about)
         self._catalog.flush()
         written = self._written
         self._written = replace(
