@@ -18,6 +18,7 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
@@ -59,8 +60,10 @@ class Sound(Method[tuple[float, int]]):
         total: Array = np.sum(block.inputs, axis=0, dtype=precision.carrier)
         return precision.round(total * precision.carrier(coefficients[0] / len(block.inputs)))
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        return tuple(0.0 if model == context.base else 1 / context.models for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        factor = self.coefficients(context, answers)[0]
+        factors = [0.0 if model == context.base else factor / context.models for model in range(context.models)]
+        return Response.known(factors, offset=factor - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,11 @@ def with_specification(**changes: Any) -> Callable[[], Method[Any]]:
 def with_parameter(**changes: Any) -> Callable[[], Method[Any]]:
     """Return what makes the sound method with another parameter."""
     return with_specification(parameters=(replace(Sound.specification.parameters[0], **changes),))
+
+
+def with_response(change: Callable[[Response], Response]) -> Callable[[], Method[Any]]:
+    """Return what makes the sound method with another response."""
+    return with_methods(response=lambda self, context, answers: change(Sound.response(self, context, answers)))
 
 
 def _changing(value: Callable[[Array], Array]) -> Callable[..., Array]:
@@ -230,15 +238,53 @@ BROKEN: Final[dict[str, Broken]] = {
         "statistic keys",
         "all that its terms depend on belongs into `arguments`",
     ),
-    "number of sensitivities": Broken(
-        with_methods(sensitivity=lambda self, context: (0.0,) * (context.models + 1)),
-        "sensitivity",
-        "sensitivities for",
+    "number of factors": Broken(
+        with_response(lambda found: replace(found, factors=(*found.factors, 0.0))), "response", "factors for"
     ),
-    "sensitivity of the base": Broken(
-        with_methods(sensitivity=lambda self, context: (1.0,) * context.models), "sensitivity", "to the base is not 0"
+    "factor of the base": Broken(
+        with_response(lambda found: Response.known([1.0] * len(found.factors))), "response", "are not 0 of the base"
     ),
-    "infinite sensitivity": Broken(
-        with_methods(sensitivity=lambda self, context: (np.inf,) * context.models), "sensitivity", "not all finite"
+    "infinite factor": Broken(
+        with_response(lambda found: replace(found, factors=(np.inf,) * len(found.factors))),
+        "response",
+        "not all finite",
+    ),
+    "infinite offset": Broken(
+        with_response(lambda found: replace(found, offset=np.nan)), "response", "its offset nan is not finite"
+    ),
+    "negative spread": Broken(
+        with_response(lambda found: replace(found, spreads=(-1.0, *found.spreads[1:]))), "response", "spreads"
+    ),
+    "fixed without a bound": Broken(
+        with_response(lambda found: replace(found, largest=None, fixed=True)), "response", "says nothing of the largest"
+    ),
+    "bound below the factor": Broken(
+        with_response(
+            lambda found: replace(found, largest=tuple(abs(factor) / 2 for factor in found.factors), fixed=False)
+        ),
+        "response",
+        "are beyond the largest",
+    ),
+    "response raises": Broken(
+        with_methods(response=lambda self, context, answers: 1 / 0), "response", "response raises ZeroDivisionError"
+    ),
+    "other factors": Broken(
+        with_response(lambda found: replace(found, factors=tuple(0.9 * factor for factor in found.factors))),
+        "linearity",
+        "it is not linear with the factors",
+    ),
+    "too small a bound": Broken(
+        with_response(lambda found: Response.known([0.9 * factor for factor in found.factors], found.offset)),
+        "linearity",
+        "do not bound what becomes of shares",
+    ),
+    "not linear": Broken(with_methods(reference=_changing(np.abs)), "linearity", "instead of at most"),
+    "coarse": Broken(
+        with_methods(reference=_changing(lambda values: np.round(values * 64) / 64)), "linearity", "instead of at most"
+    ),
+    "offset": Broken(
+        with_response(lambda found: replace(found, offset=found.offset + 0.25)),
+        "linearity",
+        "it does not make the base with the offset",
     ),
 }

@@ -12,7 +12,7 @@ from mergefs.methods import plugins
 MEAN: Final = """
 import numpy as np
 
-from mergefs.methods.contract import BasePolicy, Method, Specification
+from mergefs.methods.contract import BasePolicy, Method, Response, Specification
 
 
 class Mean(Method[int]):
@@ -31,8 +31,8 @@ class Mean(Method[int]):
     def reference(self, block, coefficients, precision):
         return precision.round(np.sum(block.inputs, axis=0, dtype=precision.carrier) / precision.carrier(coefficients))
 
-    def sensitivity(self, context):
-        return tuple(0.0 if model == context.base else 1 / context.models for model in range(context.models))
+    def response(self, context, answers):
+        return Response.known([0.0 if model == context.base else 1 / context.models for model in range(context.models)])
 
 
 METHOD = Mean()

@@ -269,6 +269,9 @@ class Half(Mean):
     def reference(self, block, coefficients, precision):
         return precision.round(block.inputs[0] * precision.carrier(0.5))
 
+    def response(self, context, answers):
+        return Response.known([0.0 if context.base == 0 else 0.5], offset=-0.5)
+
     def kernels(self):
         return ("example_package.kernel",)
 

@@ -388,16 +388,6 @@ def test_every_method_declares_parameters_that_a_recipe_can_be_checked_against(m
     assert specified.min_models <= (specified.max_models or specified.min_models)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_no_expert_moves_the_merge_through_the_base(planned: Planned, method: Method[Any]) -> None:
-    found = planned(method)
-    sensitivity = method.sensitivity(found)
-    assert len(sensitivity) == found.models
-    assert all(math.isfinite(value) for value in sensitivity)
-    assert found.base is None or sensitivity[found.base] == 0
-    assert any(sensitivity)
-
-
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare_linear", "dare_ties", "passthrough"])
 def test_methods_that_know_all_from_the_recipe_ask_for_no_statistics(planned: Planned, name: str) -> None:
     assert METHODS[name].statistics(planned(METHODS[name], density=0.5)) == ()

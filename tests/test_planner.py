@@ -22,6 +22,7 @@ from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import BudgetError, PlanError
+from mergefs.methods.contract import NO_ANSWERS
 from mergefs.methods.registry import METHODS
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan, make_plan
@@ -98,14 +99,14 @@ def test_the_blocks_that_are_bought_remove_the_most_error_for_each_byte(
         workspace = Workspace.create(catalog)
         draft = draft_plan(recipe, PlanOptions(), workspace)
         analyze_draft(draft, workspace, Silence())
-        result = select_blocks(draft.tensors, catalog, 20_000)
+        result = select_blocks(draft.tensors, catalog, workspace.statistics, 20_000)
         items: list[tuple[float, int, bool]] = []  # error for each byte, bytes, whether it was bought
         squares = {True: 0.0, False: 0.0}
         for tensor in result.tensors:
             assert tensor.selection is not None
             assert tensor.context is not None
             assert tensor.stand_in is not None
-            sensitivity = method.sensitivity(tensor.context)
+            response = method.response(tensor.context, NO_ANSWERS)
             for index, (place, role) in enumerate(zip(tensor.places, tensor.roles, strict=True)):
                 if role is Role.BASE:
                     assert tensor.selection.bought[index].all()
@@ -114,7 +115,7 @@ def test_the_blocks_that_are_bought_remove_the_most_error_for_each_byte(
                 assert deltas is not None
                 for block, (start, stop) in enumerate(tensor.grid):
                     read = bool(tensor.selection.read[index, block])
-                    gain = sensitivity[index] ** 2 * float(deltas.squared_norms[block])
+                    gain = response.factors[index] ** 2 * float(deltas.squared_norms[block])
                     assert not (read and deltas.changed[block] == 0), "a block that equals the base's was bought"
                     assert tensor.selection.bought[index, block] == (read or deltas.changed[block] == 0)
                     squares[read] += gain

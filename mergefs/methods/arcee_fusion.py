@@ -1,6 +1,6 @@
 """Arcee Fusion: take over from the other model only what matters, by size of the change and divergence of its row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -18,12 +18,14 @@ from mergefs.methods.contract import (
     ElementQuantile,
     FewModels,
     Method,
+    Response,
     RowValues,
     Specification,
     Statistic,
     TensorContext,
     Vector,
 )
+from mergefs.methods.rounding import Analysis
 
 _SMALLEST_PROBABILITY: Final = 1e-8
 _BEYOND_QUARTILES: Final = 1.5
@@ -103,9 +105,11 @@ class ArceeFusion(Method[ArceeFusionCoefficients]):
         taken = (importance >= coefficients.threshold).astype(base.dtype)
         return base + delta * taken
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+    def response(self, context: TensorContext, answers: Answers) -> Response:
         """At most 1 for the other model, where its change is important."""
-        return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
+        analysis = Analysis(context.models, context.base, context.compute)
+        whole = analysis.base() + analysis.delta(context.experts[0])
+        return replace(Response.linear(analysis, whole), fixed=False)
 
 
 def _pair(context: TensorContext) -> tuple[int, int]:

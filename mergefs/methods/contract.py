@@ -6,7 +6,7 @@ needs, how those become a handful of coefficients for each tensor, and an elemen
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.methods.rounding import Analysis, Form, Rounding
 
 LONGEST_ROW: Final = 4 * 2**20
 """Rows up to this many elements are never cut, so that a method may work by rows."""
@@ -347,6 +348,62 @@ class RawRun:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """How a merged tensor answers to its inputs: ``(1 + offset) * base + sum(factor_i * delta_i)``, elementwise.
+
+    A delta is an input minus the base, or minus what stands in for one; tuples have a number for each input, and that
+    of the base is 0. ``factors`` are expected over the elements, ``spreads`` are their variances over these (of
+    a random mask, which keeps some and rescales them).
+
+    ``largest`` bounds the factors' magnitudes for certain: leaving a delta out changes an element by at most
+    ``largest * |delta|`` in exact arithmetic, whatever the others are; None where no number does, as when signs are
+    elected. ``fixed`` says that factors do not depend on the deltas at all: the merge is linear in them, so that one
+    which is known but approximately changes an element by at most ``largest`` times the error. ``offset`` is exact
+    where ``fixed`` or ``largest`` say so, and the error of a block that is left to the base altogether.
+
+    ``rounding`` says how far the computed merge can be from the exact one. Without it nothing is certain.
+    """
+
+    factors: tuple[float, ...]
+    spreads: tuple[float, ...]
+    largest: tuple[float, ...] | None = None
+    fixed: bool = False
+    offset: float = 0.0
+    rounding: Rounding | None = None
+
+    @classmethod
+    def estimated(cls, factors: Sequence[float], spreads: Sequence[float] | None = None) -> "Response":
+        """Return the response of a merge that follows no known numbers; those that are not finite count as 0."""
+        usual = tuple(factor if math.isfinite(factor) else 0.0 for factor in factors)
+        varied = (0.0,) * len(usual) if spreads is None else tuple(s if math.isfinite(s) else 0.0 for s in spreads)
+        return cls(usual, varied)
+
+    @classmethod
+    def known(cls, factors: Sequence[float], offset: float = 0.0) -> "Response":
+        """Return the response of a merge that is linear with these factors; where one is not finite, an estimate."""
+        if not all(map(math.isfinite, (*factors, offset))):
+            return cls.estimated(factors)
+        return cls(tuple(factors), (0.0,) * len(factors), tuple(map(abs, factors)), fixed=True, offset=offset)
+
+    @classmethod
+    def linear(cls, analysis: Analysis, result: Form) -> "Response":
+        """Return the response of a merge that is the linear ``result``, as ``analysis`` followed it."""
+        offset = float(result.factors[-1]) - 1.0
+        rounding = analysis.rounding(result, offset)
+        factors = tuple(map(float, result.factors[:-1]))
+        if rounding is None:
+            return cls.estimated(factors)
+        return cls(
+            factors=factors,
+            spreads=(0.0,) * len(factors),
+            largest=tuple(map(abs, factors)),
+            fixed=True,
+            offset=offset,
+            rounding=rounding,
+        )
+
+
 CoefficientsT = TypeVar("CoefficientsT")
 
 
@@ -407,5 +464,8 @@ class Method(ABC, Generic[CoefficientsT]):
         return None
 
     @abstractmethod
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """Return for each input by how much the output moves when the input moves by one (0 for the base)."""
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Return how the result answers to the inputs, for the planner, as far as the answers to ``statistics`` say.
+
+        Every number is finite. Raises nothing, whatever the statistics are.
+        """

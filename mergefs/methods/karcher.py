@@ -25,6 +25,7 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
@@ -32,6 +33,7 @@ from mergefs.methods.contract import (
     Vector,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
+from mergefs.methods.rounding import Analysis, Form
 
 if TYPE_CHECKING:
     from mergefs.kernels.fused import karcher as kernel
@@ -160,9 +162,16 @@ class Karcher(Method[KarcherCoefficients]):
         inputs = [run.inputs[model] for model in coefficients.models]
         return kernel.merge(run.dtype, inputs, _path(coefficients), radius)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """The same for all, as in a plain mean: norms and directions of fine-tunes are alike."""
-        return tuple(0.0 if model == context.base else 1.0 / context.models for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the numbers of the whole walk: each step adds up what has been a sum of the inputs."""
+        known = self.coefficients(context, answers)
+        analysis = Analysis(context.models, context.base, context.compute)
+        if context.models == 1:
+            return Response.linear(analysis, analysis.input(0))
+        if not known.models:
+            return Response.linear(analysis, analysis.zero())
+        radius = float(Precision(context.compute).scalar(known.radius))
+        return Response.linear(analysis, _response_of_walk(analysis, known) * radius)
 
 
 def _advance(context: TensorContext, answers: Answers) -> tuple[KarcherCoefficients, tuple[Statistic, ...]]:
@@ -308,6 +317,33 @@ def _walk(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precis
         if step.mean_norm is not None:
             mean = precision.round(mean / kind(step.mean_norm))
     return _Reached(mean, tangent)
+
+
+def _response_of_walk(analysis: Analysis, known: KarcherCoefficients) -> Form:
+    """Return the mean that ``_walk`` reaches, with its roundings."""
+    directions = [
+        analysis.rounded(analysis.input(model) / norm) for model, norm in zip(known.models, known.norms, strict=True)
+    ]
+    mean, share = analysis.zero(), analysis.number(known.share)
+    if known.starts_with_first:
+        mean = directions[0]
+    else:
+        for direction in directions:
+            mean = analysis.rounded(mean + analysis.rounded(direction * share))
+        if known.mean_norm is not None:
+            mean = analysis.rounded(mean / known.mean_norm)
+    for step in known.steps:
+        tangent = analysis.zero()
+        for pull in step.pulls:
+            beside = directions[pull.direction] - analysis.rounded(mean * pull.projection)
+            tangent = analysis.rounded(tangent + analysis.rounded(analysis.rounded(beside) * pull.strength))
+        if step.tangent_norm is None:
+            break
+        aside = analysis.rounded(analysis.rounded(tangent / step.tangent_norm) * step.aside)
+        mean = analysis.rounded(analysis.rounded(mean * step.ahead) + aside)
+        if step.mean_norm is not None:
+            mean = analysis.rounded(mean / step.mean_norm)
+    return mean
 
 
 def _directions(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> list[Array]:

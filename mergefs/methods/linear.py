@@ -16,10 +16,12 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     TensorContext,
 )
+from mergefs.methods.rounding import Analysis
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,13 @@ class Linear(Method[LinearCoefficients]):
         )
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """The weights, after normalisation."""
-        coefficients = self.coefficients(context, NO_ANSWERS)
-        divisor = coefficients.divisor or 1.0
-        return tuple(
-            0.0 if model == context.base else weight / divisor for model, weight in enumerate(coefficients.weights)
-        )
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the weights after normalisation."""
+        coefficients = self.coefficients(context, answers)
+        analysis = Analysis(context.models, context.base, context.compute)
+        total = analysis.zero()
+        for model, weight in enumerate(coefficients.weights):
+            total = analysis.carried(total + analysis.input(model) * weight)
+        if coefficients.divisor is not None:
+            total = analysis.carried(total / coefficients.divisor)
+        return Response.linear(analysis, total)

@@ -20,12 +20,14 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
+from mergefs.methods.rounding import Analysis
 from mergefs.methods.sums import Sums, ask_sums, sums_across_vectors, sums_of_rows
 
 _SMALLEST_PRODUCT = 1e-6
@@ -130,10 +132,21 @@ class ModelStock(Method[ModelStockCoefficients]):
         kernel.KERNEL.compiled(run.dtype)(result, address(base), experts, share, rest, buffer)
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """At most one part of the mean."""
-        part = 1.0 / len(context.experts)
-        return tuple(0.0 if model == context.base else part for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the share of the whole tensor; where each row has its own, the experts' mean is expected."""
+        coefficients = self.coefficients(context, answers)
+        count = len(coefficients.experts)
+        if coefficients.share is None:
+            return Response.estimated([0.0 if m == context.base else 1 / count for m in range(context.models)])
+        analysis = Analysis(context.models, context.base, context.compute)
+        precision = Precision(context.compute)
+        total = analysis.input(coefficients.experts[0])
+        for model in coefficients.experts[1:]:
+            total = analysis.rounded(total + analysis.input(model))
+        mean = analysis.rounded(total / count)
+        rest = float(precision.scalar(float(precision.carrier(1) - precision.carrier(coefficients.share))))
+        parts = analysis.rounded(mean * coefficients.share), analysis.rounded(analysis.base() * rest)
+        return Response.linear(analysis, parts[0] + parts[1])
 
 
 def _norms(context: TensorContext) -> Norms:

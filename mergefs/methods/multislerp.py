@@ -25,12 +25,14 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
+from mergefs.methods.rounding import Analysis, Form
 from mergefs.methods.sums import Sums, ask_sums
 
 
@@ -155,10 +157,34 @@ class Multislerp(Method[MultislerpCoefficients]):
         )
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """The weights, after normalisation: norms and directions of fine-tunes are alike."""
-        weights = dict(zip(context.experts, _weights(context), strict=True))
-        return tuple(weights.get(model, 0.0) for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the numbers of all four passes: the tangents, too, are sums of the deltas."""
+        known = self.coefficients(context, answers)
+        analysis = Analysis(context.models, context.base, context.compute)
+        if len(known.models) == 1:
+            return Response.linear(analysis, analysis.input(known.models[0]))
+        deltas = [analysis.input(m) if context.base is None else analysis.delta(m) for m in known.models]
+        if known.mean_norm is None:
+            merged = _response_of_weighed(analysis, deltas, known)
+        else:
+            directions = [analysis.rounded(d / length) for d, length in zip(deltas, known.lengths, strict=True)]
+            mean = analysis.rounded(_response_of_weighed(analysis, directions, known) / known.mean_norm)
+            tangents = [
+                analysis.rounded(direction - analysis.rounded(mean * projection))
+                for direction, projection in zip(directions, known.projections, strict=True)
+            ]
+            aside = analysis.rounded(_response_of_weighed(analysis, tangents, known) * known.aside)
+            merged = analysis.rounded(analysis.rounded(mean * known.ahead) + aside)
+            merged = analysis.rounded(merged * known.radius)
+        return Response.linear(analysis, merged if context.base is None else merged + analysis.base())
+
+
+def _response_of_weighed(analysis: Analysis, terms: Sequence[Form], known: MultislerpCoefficients) -> Form:
+    """Return the weighted sum of ``terms``, with the roundings of ``_weighed``."""
+    total = analysis.zero()
+    for term, weight in zip(terms, known.weights, strict=True):
+        total = analysis.carried(total + analysis.rounded(term * weight))
+    return analysis.rounded(total)
 
 
 def _given_weights(context: TensorContext) -> list[float]:

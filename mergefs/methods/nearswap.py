@@ -1,9 +1,10 @@
 """NearSwap: take from the second model what is near to the first (alchemonaut 2024, QuartetAnemoi-70B)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mergefs.checkpoint.dtypes import F16
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
@@ -14,10 +15,12 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     TensorContext,
 )
+from mergefs.methods.rounding import Analysis
 
 _SMALLEST_DISTANCE = 1e-6
 
@@ -81,6 +84,15 @@ class NearSwap(Method[NearSwapCoefficients]):
         kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), np.float32(coefficients.t), least)
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """At most 1 for the other model, where it is near."""
-        return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """At most 1 for the other model, where it is near.
+
+        The two products that are rounded have the weights w and 1 - w, the second of which is rounded itself: together
+        they are off by no more than the other model would be that is rounded twice.
+        """
+        expected = [0.0 if model == context.base else 1.0 for model in range(context.models)]
+        if context.compute == F16 and np.float32(context.number("t")) == 0:
+            return Response.estimated(expected)  # the reciprocal of the smallest distance is infinite, and NaN times 0
+        analysis = Analysis(context.models, context.base, context.compute)
+        whole = analysis.rounded(analysis.rounded(analysis.input(context.experts[0])))
+        return replace(Response.linear(analysis, whole), fixed=False)

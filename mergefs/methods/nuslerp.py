@@ -26,12 +26,14 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
+from mergefs.methods.rounding import Analysis, Form
 from mergefs.methods.sums import Sums, ask_sums, sums_of_rows
 
 Part = Literal["whole", "rows", "columns"]
@@ -167,11 +169,41 @@ class Nuslerp(Method[NuslerpCoefficients]):
         kernel.KERNEL.compiled(run.dtype)(result, addresses(inputs), factors, not straight, np.float32(turn.divisor[0]))
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """About the shares: the angle between fine-tunes of one base is small."""
-        share = _share(context)
-        shares = dict(zip(_pair(context), (1 - share, share), strict=True))
-        return tuple(shares.get(model, 0.0) for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear where the whole tensor has one angle; where each column has its own, their factors vary.
+
+        Where each row has its own, they are expected to be about the shares, since the angles of fine-tunes are small.
+        """
+        coefficients = self.coefficients(context, answers)
+        turn, pair = coefficients.turn, coefficients.pair
+        if turn is not None and turn.divisor.size == 1:
+            return _response_to_turn(context, coefficients, turn)
+        if turn is None or not turn.divisor.size:
+            shares = dict(zip(pair, (1 - coefficients.share, coefficients.share), strict=True))
+            return Response.estimated([shares.get(model, 0.0) for model in range(context.models)])
+        line = (1 - coefficients.share, coefficients.share)
+        factors, spreads = [0.0] * context.models, [0.0] * context.models
+        for model, part, straight in zip(pair, (turn.first, turn.second), line, strict=True):
+            of_columns = np.where(turn.straight, straight, part / np.where(turn.straight, 1, turn.divisor))
+            factors[model], spreads[model] = float(of_columns.mean()), float(of_columns.var())
+        return Response.estimated(factors, spreads)
+
+
+def _response_to_turn(context: TensorContext, coefficients: NuslerpCoefficients, turn: Turn) -> Response:
+    """Return the response where the whole tensor has one angle: linear."""
+    analysis = Analysis(context.models, context.base, context.compute)
+    line = analysis.number(1 - coefficients.share), analysis.number(coefficients.share)
+    straight = bool(turn.straight[0])
+    factors = line if straight else (float(turn.first[0]), float(turn.second[0]))
+    mixed: Form = analysis.zero()
+    for model, factor in zip(coefficients.pair, factors, strict=True):
+        values = analysis.input(model) if context.base is None else analysis.delta(model)
+        mixed = mixed + analysis.rounded(values * factor)
+    if not straight:
+        mixed = analysis.rounded(mixed) / float(turn.divisor[0])
+    if context.base is None:
+        return Response.linear(analysis, mixed)
+    return Response.linear(analysis, analysis.base() + analysis.rounded(mixed))
 
 
 def _part(context: TensorContext) -> Part:

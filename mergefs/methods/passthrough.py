@@ -9,10 +9,12 @@ from mergefs.methods.contract import (
     Block,
     Method,
     Parameter,
+    Response,
     Scope,
     Specification,
     TensorContext,
 )
+from mergefs.methods.rounding import Analysis
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,11 @@ class Passthrough(Method[PassthroughCoefficients]):
             return values
         return precision.round(values * precision.carrier(coefficients.scale))
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """The scale."""
-        scale = context.per_model[0]["scale"]
-        return (0.0 if context.base == 0 else 1.0 if scale is None else float(scale),)
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear: the scale."""
+        analysis = Analysis(context.models, context.base, context.compute)
+        scale = self.coefficients(context, answers).scale
+        result = analysis.input(0)
+        if scale is not None:
+            result = result * analysis.number(scale)
+        return Response.linear(analysis, result)

@@ -17,6 +17,7 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
@@ -100,9 +101,9 @@ class Ram(Method[RamCoefficients]):
         kernel.KERNEL.compiled(run.dtype)(result, address(base), experts, epsilon, buffers[0], buffers[1])
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """Between 1 (changed alone) and 1 / experts (changed by all)."""
-        return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Between 1 (changed alone) and 1 / experts (changed by all): who else changed an element decides."""
+        return Response.estimated([0.0 if model == context.base else 1.0 for model in range(context.models)])
 
 
 class RamPlus(Ram):

@@ -16,6 +16,7 @@ from mergefs.methods.contract import (
     ElementThreshold,
     Method,
     Parameter,
+    Response,
     Scope,
     Specification,
     Statistic,
@@ -139,9 +140,9 @@ class Sce(Method[SceCoefficients]):
         divisor = np.maximum(precision.round(_sum(weights)), precision.scalar(_SMALLEST_DIVISOR))
         return precision.round(base + precision.round(mixed / divisor))
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
+    def response(self, context: TensorContext, answers: Answers) -> Response:
         """Between 1 (alone with its sign) and 1 / experts; an estimate, since weights and signs are elected."""
-        return tuple(0.0 if model == context.base else 1.0 for model in range(context.models))
+        return Response.estimated([0.0 if model == context.base else 1.0 for model in range(context.models)])
 
 
 def _sum(terms: list[Array]) -> Array:

@@ -16,12 +16,14 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
     TensorContext,
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
+from mergefs.methods.rounding import Analysis
 
 _COLINEAR = 0.9995
 _SMALLEST_NORM = 1e-8
@@ -112,9 +114,13 @@ class Slerp(Method[SlerpCoefficients]):
         kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), factors)
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """About t for the other model: the angle between fine-tunes of one base is small."""
-        return tuple(0.0 if m == context.base else context.number("t") for m in range(context.models))
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the two factors that the angle gives."""
+        coefficients = self.coefficients(context, answers)
+        analysis = Analysis(context.models, context.base, context.compute)
+        base = analysis.carried(analysis.base() * coefficients.first)
+        other = analysis.carried(analysis.input(coefficients.other) * coefficients.second)
+        return Response.linear(analysis, base + other)
 
 
 def _sine(angle: float) -> float:

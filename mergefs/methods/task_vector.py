@@ -27,6 +27,7 @@ from mergefs.methods.contract import (
     Method,
     Parameter,
     RawRun,
+    Response,
     Scope,
     Specification,
     Statistic,
@@ -34,6 +35,7 @@ from mergefs.methods.contract import (
     Threshold,
 )
 from mergefs.methods.masks import KeepAll, KeepLargest, KeepNone, KeepRandom, KeepRanked, Mask, drawing, kept
+from mergefs.methods.task_vector_response import task_vector_response
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
 
@@ -261,12 +263,13 @@ class TaskVector(Method[TaskVectorCoefficients]):
         kernel.merge(run.dtype, result, settings, experts)
         return result.view(np.uint8)
 
-    def sensitivity(self, context: TensorContext) -> tuple[float, ...]:
-        """The weights after normalisation and lambda; an estimate where signs are elected."""
-        weights = [0.0 if m == context.base else context.number("weight", m) for m in range(context.models)]
-        total = sum(weights)
-        divisor = total if context.shared["normalize"] and abs(total) >= _SMALLEST_WEIGHT else 1.0
-        return tuple(weight * context.number("lambda") / divisor for weight in weights)
+    def response(self, context: TensorContext, answers: Answers) -> Response:
+        """Linear, with the weights after normalisation and lambda; where signs are elected an estimate."""
+        densities = [
+            1.0 if self.sparsifier == "none" else min(1.0, max(0.0, context.number("density", model)))
+            for model in context.experts
+        ]
+        return task_vector_response(context, self.coefficients(context, answers), densities)
 
 
 def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, precision: Precision) -> Array:

@@ -82,7 +82,7 @@ def make_plan(
         _require_stand_in(draft, options)
         analyze_draft(draft, workspace, progress or Silence())
         draft = drafter.draft(recipe)  # again, since the models now have identities by content
-        result = select_blocks(draft.tensors, workspace.catalog, limit)
+        result = select_blocks(draft.tensors, workspace.catalog, workspace.statistics, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
     # A budget that pays for everything is no budget: the same plan, and the same files.
     plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)

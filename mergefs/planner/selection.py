@@ -1,7 +1,7 @@
 """Which blocks to buy: the largest removal of expected squared error for each byte, under a hard cap.
 
 Deltas of different experts and blocks are taken as orthogonal, so what an unread block leaves out is the square of its
-expert's sensitivity times the squared norm of its delta, and errors add up.
+expert's factor in the merge times the squared norm of its delta, and errors add up.
 """
 
 import math
@@ -16,8 +16,10 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Selection, own_bytes
 from mergefs.planner.plan import TensorPlan
+from mergefs.planner.responses import response_of
 from mergefs.sources.place import Role
 from mergefs.statistics.blocks import known_deltas
+from mergefs.statistics.service import StatisticsService
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,15 @@ class _Items:
     gain: NDArray[np.float64]
 
 
-def select_blocks(tensors: Sequence[TensorPlan], catalog: Catalog, limit: int) -> SelectionResult:
+def select_blocks(
+    tensors: Sequence[TensorPlan], catalog: Catalog, statistics: StatisticsService, limit: int
+) -> SelectionResult:
     """Choose blocks for at most ``limit`` bytes; every delta must have its block statistics in the catalog.
 
     Raises BudgetError where ``limit`` cannot pay for what must be read from an expert.
     """
     tensors = [_copied_from_the_base(tensor) for tensor in tensors]
-    gathered = [_Blocks(tensor, catalog) for tensor in tensors]
+    gathered = [_Blocks(tensor, catalog, statistics) for tensor in tensors]
     items = _gather(gathered)
     chosen = _choose(items, _left_after_necessary(tensors, limit))
     for index in np.flatnonzero(chosen):
@@ -91,17 +95,16 @@ def _left_after_necessary(tensors: Sequence[TensorPlan], limit: int) -> int:
 class _Blocks:
     """The blocks of one tensor: what each costs and is worth, and which are bought."""
 
-    def __init__(self, tensor: TensorPlan, catalog: Catalog) -> None:
+    def __init__(self, tensor: TensorPlan, catalog: Catalog, statistics: StatisticsService) -> None:
         self.tensor = tensor
         shape = (len(tensor.places), tensor.grid.count)
         self._equal = np.zeros(shape, dtype=np.bool_)  # the base's bytes: never read
         self._paid = np.zeros(shape, dtype=np.bool_)  # read: bought, or free of charge
         self.costs: dict[int, NDArray[np.int64]] = {}
         self.gains: dict[int, NDArray[np.float64]] = {}
-        method, context = tensor.method, tensor.context
-        if method is None or context is None or tensor.stand_in is None:
+        response = response_of(tensor, statistics)
+        if response is None or tensor.stand_in is None:
             return
-        sensitivity = method.sensitivity(context)
         for model, (place, role) in enumerate(zip(tensor.places, tensor.roles, strict=True)):
             if role is not Role.EXPERT:
                 continue
@@ -113,7 +116,8 @@ class _Blocks:
             free = costs == 0 if place.divisible else np.full(costs.shape, not costs.any())
             self._paid[model] = free & ~self._equal[model]
             self.costs[model] = np.where(self._equal[model], 0, costs)
-            self.gains[model] = sensitivity[model] ** 2 * deltas.squared_norms.astype(np.float64)
+            weight = response.factors[model] ** 2 + response.spreads[model]
+            self.gains[model] = weight * deltas.squared_norms.astype(np.float64)
 
     def buy(self, model: int, block: int) -> None:
         """Buy a block of one input, or with ``_WHOLE`` all of them."""

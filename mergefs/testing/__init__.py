@@ -10,7 +10,8 @@ from typing import Any, Final, TypeAlias
 from mergefs.methods.contract import Method
 from mergefs.testing.arithmetic import check_fused, check_ranges, check_results
 from mergefs.testing.declaration import check_kernels, check_specification
-from mergefs.testing.knowledge import check_sensitivity, check_statistic_keys, check_statistics
+from mergefs.testing.knowledge import check_statistic_keys, check_statistics
+from mergefs.testing.response import check_linearity, check_response
 from mergefs.testing.trial import ContractError
 
 __all__ = ["CHECKS", "Check", "ContractError", "check_method"]
@@ -25,7 +26,8 @@ CHECKS: Final[dict[str, Check]] = {
     "fused": check_fused,
     "statistics": check_statistics,
     "statistic keys": check_statistic_keys,
-    "sensitivity": check_sensitivity,
+    "response": check_response,
+    "linearity": check_linearity,
 }
 """Every check by its name: it takes a method, and raises ContractError where the method does not keep a promise."""
 

@@ -1,4 +1,4 @@
-"""Checks of what a method asks to know of whole tensors, and of what it tells the planner."""
+"""Checks of what a method asks to know of whole tensors."""
 
 from typing import Any
 
@@ -69,17 +69,3 @@ def _check_keys(trial: Trial, choices: Choices) -> None:
 def _quantities(trial: Trial) -> dict[AboutQuantity, AboutQuantity]:
     """Return the quantities that a method asks about, by themselves: equal ones are the same for the catalog."""
     return {statistic: statistic for statistic in trial.statistics() if isinstance(statistic, Quantity)}
-
-
-def check_sensitivity(method: Method[Any]) -> None:
-    """There is a finite sensitivity for each input, and none for the base."""
-    for_each_trial(method, _check_sensitivity, finite=True)
-
-
-def _check_sensitivity(trial: Trial, choices: Choices) -> None:
-    context = trial.case.context
-    with trial.calling("sensitivity"):
-        found = tuple(trial.method.sensitivity(context))
-    trial.require(len(found) == context.models, f"it has {len(found)} sensitivities for {context.models} inputs")
-    trial.require(bool(np.isfinite(found).all()), f"its sensitivities {found} are not all finite")
-    trial.require(context.base is None or found[context.base] == 0, f"its sensitivity to the base is not 0: {found}")
