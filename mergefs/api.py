@@ -9,6 +9,7 @@ import numpy as np
 
 from mergefs.catalog import Catalog, default_location
 from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.readings import keep_reading
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, Resources
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError
@@ -82,6 +83,7 @@ class MergedModel:
 
     def __init__(self, plan: MergePlan, resources: Resources) -> None:
         self._resources = resources
+        self._closed = False
         self.files = ModelFiles(plan, resources, strict=False)
 
     @property
@@ -120,8 +122,11 @@ class MergedModel:
         return self.files.read(name, offset, self.files.sizes[name] - offset if size is None else size)
 
     def close(self) -> None:
-        """Close source files and catalog."""
-        self._resources.close()
+        """Close source files and catalog, which keeps what was read for `mergefs explain`."""
+        if not self._closed:
+            self._closed = True
+            keep_reading(self.files.engine, "open", self._resources.catalog)
+            self._resources.close()
 
     def __enter__(self) -> "MergedModel":
         return self

@@ -81,3 +81,7 @@ class VerificationError(MergefsError):
 
 class MissingDependencyError(MergefsError):
     """A library that this command needs and that is not installed."""
+
+
+class OutputError(MergefsError):
+    """A report that cannot be written where it was asked for."""

@@ -6,11 +6,13 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 heavy=(-m "not heavy")
+programs=(strace)
 if [ "${1:-}" = --all ]; then
   heavy=()
+  programs+=(chromium)
   shift
 fi
-ensure_system strace
+ensure_system "${programs[@]}"
 make_environment demo,test
 say "ruff"
 .venv/bin/ruff format --check .

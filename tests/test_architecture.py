@@ -23,7 +23,7 @@ ROOMS = (
     ("tokenizer",),
     ("planner",),
     ("engine",),
-    ("comparison", "materialize", "mount", "testing"),
+    ("comparison", "materialize", "mount", "reports", "testing"),
     ("api",),
     ("demo",),
     ("cli",),

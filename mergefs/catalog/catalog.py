@@ -20,6 +20,7 @@ from mergefs.catalog.records import (
     PlanEntryRecord,
     PlanesRecord,
     PlanRecord,
+    ReadingRecord,
     ThresholdRecord,
     TransactionRecord,
     VectorRecord,
@@ -196,6 +197,15 @@ class Catalog:
             entry_key = key_of_entry(record.plan_id, entry.name)
             puts.append(("entries", entry_key, enclose("entries", entry_key, entry)))
         self._environment.write(puts)
+
+    def reading(self, plan_id: str) -> ReadingRecord | None:
+        """Return what was last read of a plan, None where nothing has been."""
+        return self._get("readings", plan_id.encode(), ReadingRecord)
+
+    def keep_reading(self, record: ReadingRecord) -> None:
+        """Write at once what has been read of a plan."""
+        key = record.plan_id.encode()
+        self._environment.write([("readings", key, enclose("readings", key, record))])
 
     def transactions(self) -> list[TransactionRecord]:
         """Return every transaction."""

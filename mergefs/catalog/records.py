@@ -144,6 +144,19 @@ class PlanEntryRecord(msgspec.Struct, frozen=True, array_like=True):
     selection: SelectionRecord | None
 
 
+class ReadingRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What was really read of a plan's experts the last time: ``how`` is mount, materialize or open.
+
+    ``counts`` hold for each tensor of which anything was read (inputs + 1) x 2 int64, by name: bytes read for the first
+    time, and again, of each input and of what stands in for what is not bought.
+    """
+
+    plan_id: str
+    how: str
+    changed_ns: int
+    counts: dict[str, bytes]
+
+
 class TransactionRecord(msgspec.Struct, frozen=True, array_like=True):
     """One run of ``materialize``: state is begun, committed or aborted."""
 

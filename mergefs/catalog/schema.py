@@ -15,6 +15,7 @@ from mergefs.catalog.records import (
     PlanEntryRecord,
     PlanesRecord,
     PlanRecord,
+    ReadingRecord,
     ThresholdRecord,
     TransactionRecord,
     VectorRecord,
@@ -181,6 +182,19 @@ SCHEMA: Final[Mapping[str, Table]] = {
             "bits of the blocks that are computed",
         },
         again="it is made again when the recipe of its plan is planned",
+    ),
+    "readings": Table(
+        ReadingRecord,
+        holds="what was really read of the experts of plans, the last time each",
+        key="plan id",
+        fields={
+            "plan_id": "the key",
+            "how": "`mount`, `materialize` or `open`",
+            "changed_ns": "when it was written, nanoseconds since 1970",
+            "counts": "for each tensor of which anything was read, by name: bytes read for the first time and again, "
+            "of each input and then of what stands in, int64",
+        },
+        again="it is written again when the plan is read",
     ),
     "transactions": Table(
         TransactionRecord,

@@ -20,6 +20,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "status": Entry("mergefs.cli.status", "command", "Show the mounts, and what they have read and served."),
     "analyze": Entry("mergefs.cli.analyze", "command", "Gather the statistics that budgets choose by."),
     "plan": Entry("mergefs.cli.plan", "command", "Show what a recipe reads and what it costs."),
+    "explain": Entry("mergefs.cli.explain", "command", "Show where the bytes of a budget go, and what is left out."),
     "diff": Entry("mergefs.cli.diff", "command", "Show how far two models are from each other, tensor by tensor."),
     "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
     "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),

@@ -11,6 +11,7 @@ from mergefs.checkpoint.dtypes import DType
 from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.inputs import InputReader
 from mergefs.engine.resources import Resources
+from mergefs.engine.tally import Tally
 from mergefs.errors import NonFiniteError, PlanError
 from mergefs.kernels.fused import prepare
 from mergefs.kernels.precision import Raw, is_finite
@@ -27,7 +28,8 @@ class Engine:
 
     ``strict`` says what happens when a merge has no finite result: with it a NonFiniteError names the tensor, without
     it the values are served as they are and the log names the tensor, because an error would kill who reads a mount.
-    A ``nested`` engine computes the inputs of another one, within the memory that the other has reserved.
+    A ``nested`` engine computes the inputs of another one, within the memory that the other has reserved. ``tally``
+    counts what is really read of experts.
     """
 
     def __init__(self, plan: MergePlan, resources: Resources, strict: bool, nested: bool = False) -> None:
@@ -39,7 +41,8 @@ class Engine:
         self._coefficients: dict[str, Any] = {}
         self._gathering = {name: threading.Lock() for name in plan.tensors}
         self._prepared: set[str] = set()
-        self._inputs = InputReader(resources.reader)
+        self.tally = Tally(resources.ledger)
+        self._inputs = InputReader(resources.reader, self.tally)
         self._reported: set[str] = set()
         self._lock = threading.Lock()
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.engine.compute import change_dtype
+from mergefs.engine.tally import Tally
 from mergefs.errors import PlanError
 from mergefs.kernels.precision import Raw
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Selection
@@ -23,8 +24,9 @@ Run = tuple[Raw, DType]
 class InputReader:
     """Reads the inputs of one plan's tensors. Safe to share between threads."""
 
-    def __init__(self, reader: SourceReader) -> None:
+    def __init__(self, reader: SourceReader, tally: Tally) -> None:
         self._reader = reader
+        self._tally = tally
         self._lock = threading.Lock()
         self._seen: dict[str, NDArray[np.bool_]] = {}
 
@@ -60,18 +62,23 @@ class InputReader:
                 found.append(instead)
             else:
                 counted = self._counted_as(tensor, index, block, purpose)
-                found.append((self._assembled(tensor, selection, index, block, instead, counted), tensor.compute))
+                with self._tally.charge(tensor, index):
+                    assembled = self._assembled(tensor, selection, index, block, instead, counted)
+                found.append((assembled, tensor.compute))
         return tuple(found)
 
     def stand_in(self, tensor: TensorPlan, block: int) -> Run:
         """Return the bytes that stand in for what is not bought."""
         if tensor.stand_in is None:
             raise PlanError(f"tensor {tensor.name!r}: nothing stands in for blocks that are not bought")
-        return self.bytes_at(tensor.stand_in, tensor, block, Purpose.EXPERT), tensor.stand_in.dtype
+        with self._tally.charge(tensor, len(tensor.places)):
+            return self.bytes_at(tensor.stand_in, tensor, block, Purpose.EXPERT), tensor.stand_in.dtype
 
     def whole(self, tensor: TensorPlan, index: int, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block of one input, on the account of its role."""
-        return self.bytes_at(tensor.places[index], tensor, block, self._counted_as(tensor, index, block, purpose))
+        counted = self._counted_as(tensor, index, block, purpose)
+        with self._tally.charge(tensor, index):
+            return self.bytes_at(tensor.places[index], tensor, block, counted)
 
     def bytes_at(self, place: Place, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block at one place."""

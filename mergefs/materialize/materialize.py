@@ -11,6 +11,7 @@ from mergefs import __version__
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import TransactionRecord
 from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.readings import keep_reading
 from mergefs.engine.resources import Resources
 from mergefs.errors import MaterializeError
 from mergefs.materialize.manifest import MANIFEST_NAME, Manifest
@@ -75,6 +76,8 @@ def materialize(
         except BaseException:
             transaction.set_state("aborted")
             raise
+        finally:
+            keep_reading(files.engine, "materialize", resources.catalog)
         transaction.set_state("committed")
     written = total + len(manifest)
     return Materialized(destination, plan.plan_id, len(entries) + 1, written, totals, time.monotonic() - started)

@@ -5,10 +5,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from mergefs.catalog import Catalog, default_location
 from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.readings import keep_reading
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError, RecipeError, UsageError
@@ -20,6 +22,8 @@ from mergefs.recipe.model import load_recipe
 from mergefs.units import format_size
 
 _LOG = logging.getLogger(__name__)
+_RECORDING_INTERVAL: Final = 5.0
+"""Seconds by which `mergefs explain` may be behind what a mount has read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,14 @@ def build_tree(recipes: tuple[Path, ...], options: BuildOptions, progress: Progr
         resources.close()
         raise
     stop = threading.Event()
-    warmer = _start_warming(models, stop) if options.warm else None
+    helpers = [_start_recording(models, resources.catalog, stop)]
+    if options.warm:
+        helpers.append(_start_warming(models, stop))
 
     def close() -> None:
         stop.set()
-        if warmer is not None:
-            warmer.join()
+        for helper in helpers:
+            helper.join()
         resources.close()
 
     return ModelTree(models, rooted, resources, close)
@@ -123,6 +129,24 @@ def _model(path: Path, options: BuildOptions, resources: Workspace, progress: Pr
     files.engine.prepare()
     progress.finish()
     return files
+
+
+def _start_recording(models: Sequence[MountedModel], catalog: Catalog, stop: threading.Event) -> threading.Thread:
+    """Keep what is read of every model in the catalog, now and then and at the end."""
+
+    def record() -> None:
+        kept = dict.fromkeys((model.name for model in models), 0)
+        ending = False
+        while not ending:
+            ending = stop.wait(_RECORDING_INTERVAL)
+            for model in models:
+                # A mount that nobody reads writes nothing.
+                if model.files.engine.tally.total() != kept[model.name]:
+                    kept[model.name] = keep_reading(model.files.engine, "mount", catalog)
+
+    thread = threading.Thread(target=record, name="record", daemon=True)
+    thread.start()
+    return thread
 
 
 def _start_warming(models: Sequence[MountedModel], stop: threading.Event) -> threading.Thread:

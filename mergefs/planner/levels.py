@@ -33,6 +33,10 @@ class Coded(Protocol):
         """How many planes there are."""
 
     @property
+    def left(self) -> NDArray[np.float32]:
+        """Levels x cells: the squared norm of what is missing of the delta; at level 0 that of the delta itself."""
+
+    @property
     def digest(self) -> bytes:
         """What identifies everything that can be decoded."""
 

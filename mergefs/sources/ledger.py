@@ -27,6 +27,13 @@ class LedgerTotals:
     bytes_served: int
 
 
+class _ThreadCounts(threading.local):
+    """What one thread has read of experts: who asks before and after some work knows what that has cost."""
+
+    first = 0
+    again = 0
+
+
 class Ledger:
     """Counts bytes; safe to share between threads."""
 
@@ -34,11 +41,20 @@ class Ledger:
         self._lock = threading.Lock()
         self._read = dict.fromkeys(Purpose, 0)
         self._served = 0
+        self._thread = _ThreadCounts()
 
     def record_read(self, purpose: Purpose, size: int) -> None:
         """Add ``size`` bytes that came from a source."""
         with self._lock:
             self._read[purpose] += size
+        if purpose is Purpose.EXPERT:
+            self._thread.first += size
+        elif purpose is Purpose.EXPERT_AGAIN:
+            self._thread.again += size
+
+    def of_this_thread(self) -> tuple[int, int]:
+        """Return the bytes of experts that the calling thread has read so far, for the first time and again."""
+        return self._thread.first, self._thread.again
 
     def record_served(self, size: int) -> None:
         """Add ``size`` bytes that a reader of the merged model was given."""
