@@ -61,8 +61,9 @@ def example(models: Family, tmp_path_factory: pytest.TempPathFactory) -> Example
     directory = tmp_path_factory.mktemp("example")
     recipe = write_recipe(directory / "recipe.yml", MERGES["task_arithmetic"], models)
     with Catalog(directory / "catalog") as catalog:
-        plan = make_plan(load_recipe(recipe), PlanOptions(budget=BUDGET), Workspace.create(catalog))
-        return Example(recipe, models, plan, explain(plan, catalog))
+        workspace = Workspace.create(catalog)
+        plan = make_plan(load_recipe(recipe), PlanOptions(budget=BUDGET), workspace)
+        return Example(recipe, models, plan, explain(plan, workspace))
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

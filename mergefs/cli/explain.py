@@ -37,7 +37,7 @@ def command(settings: Settings, recipe: Path, arguments: PlanArguments, html: Pa
     try:
         with progress(settings.quiet) as listener:
             plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener)
-        explanation = explain(plan, workspace.catalog)
+        explanation = explain(plan, workspace)
     finally:
         workspace.close()
     if html is not None:

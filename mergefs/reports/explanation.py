@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from mergefs.catalog.catalog import Catalog
 from mergefs.engine.readings import Reading, last_reading
 from mergefs.planner.plan import MergePlan
+from mergefs.planner.workspace import Workspace
 from mergefs.reports.heatmap import Panel, panels, position, short_ends
 from mergefs.reports.spending import Amount, Spending, experts, spendings, total
 from mergefs.reports.wording import facts
@@ -58,10 +58,10 @@ class Explanation:
         return sum((expert.amount for expert in self.experts), Amount())
 
 
-def explain(plan: MergePlan, catalog: Catalog) -> Explanation:
+def explain(plan: MergePlan, workspace: Workspace) -> Explanation:
     """Return the explanation of ``plan`` from what the catalog knows; reads no model."""
-    reading = last_reading(plan.plan_id, catalog)
-    spent = spendings(plan, catalog, None if reading is None else reading.first())
+    reading = last_reading(plan.plan_id, workspace.catalog)
+    spent = spendings(plan, workspace, None if reading is None else reading.first())
     references = [entry.reference for entry in experts(plan)]
     reports = []
     for index, (reference, label) in enumerate(zip(references, short_ends(references, "/"), strict=True)):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.catalog.catalog import Catalog
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE
 from mergefs.planner.plan import MergePlan, PlanInput, TensorPlan
+from mergefs.planner.responses import response_of
+from mergefs.planner.workspace import Workspace
 from mergefs.sources.place import Place, Role, block_sizes
 from mergefs.statistics.blocks import known_deltas
 
@@ -72,11 +73,11 @@ def experts(plan: MergePlan) -> tuple[PlanInput, ...]:
 
 
 def spendings(
-    plan: MergePlan, catalog: Catalog | None, read: Mapping[str, Sequence[int]] | None = None
+    plan: MergePlan, workspace: Workspace, read: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[Spending, ...]:
     """Return what ``plan`` spends, for each expert and each tensor that is read from it.
 
-    Without a ``catalog`` energies stay unknown. ``read`` holds for tensors by name the bytes that were really read for
+    ``read`` holds for tensors by name the bytes that were really read for
     each of their inputs.
     """
     owners = _owners(plan)
@@ -86,7 +87,7 @@ def spendings(
             owner = _owner(place, owners)
             if owner is None:
                 continue
-            energy, left = (None, None) if catalog is None else _energies(tensor, index, catalog)
+            energy, left = _energies(tensor, index, workspace)
             amount = Amount(
                 total=place.total_bytes_read(Role.EXPERT),
                 planned=tensor.planned_bytes(index),
@@ -134,18 +135,23 @@ def _free(tensor: TensorPlan, index: int) -> int:
     return int(place.bytes_read(selection.cells, Role.EXPERT)[alike].sum())
 
 
-def _energies(tensor: TensorPlan, index: int, catalog: Catalog) -> tuple[float | None, float | None]:
-    """Return how much the delta of one input moves a tensor, and how much of that is left out: squared norms."""
-    method, context = tensor.method, tensor.context
-    if method is None or context is None:
+def _energies(tensor: TensorPlan, index: int, workspace: Workspace) -> tuple[float | None, float | None]:
+    """Return how much the delta of one input moves a tensor, and how much of that is left out: squared norms.
+
+    Where everything is read nothing is left, and nothing is asked of the catalog.
+    """
+    if tensor.selection is None:
+        return None, 0.0
+    response = response_of(tensor, workspace.statistics)
+    if response is None:
         return 0.0, 0.0
-    everything = tensor.selection is None or bool(tensor.selection.bought[index].all())
+    everything = bool(tensor.selection.bought[index].all())
     deltas = None
     if tensor.stand_in is not None:
-        deltas = known_deltas(tensor.places[index], tensor.stand_in, tensor.compute, catalog)
+        deltas = known_deltas(tensor.places[index], tensor.stand_in, tensor.compute, workspace.catalog)
     if deltas is None:
         return None, 0.0 if everything else None
-    factor = method.sensitivity(context)[index] ** 2
+    factor = response.factors[index] ** 2 + response.spreads[index]
     norms = deltas.squared_norms.astype(np.float64)
     return factor * float(norms.sum()), 0.0 if everything else factor * _left(tensor, index, norms)
 
