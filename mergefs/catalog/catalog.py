@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
-from blake3 import blake3
 
 from mergefs.catalog.envelope import Envelope, UnsealedError, decode, enclose, today, unseal
 from mergefs.catalog.environment import Environment, Put
+from mergefs.catalog.naming import key_of_entry, name_of_key
 from mergefs.catalog.records import (
     CheckpointRecord,
     ContentRecord,
@@ -245,19 +245,3 @@ class Catalog:
                 f"{self._environment.path}: record {name_of_key(key)} of table {table!r} is damaged ({error}); "
                 "`mergefs catalog check --repair` removes it, and what it held is gathered again when it is needed"
             ) from error
-
-
-def key_of_entry(plan_id: str, name: str) -> bytes:
-    """Return the key of one tensor of a plan; LMDB keys have at most 511 bytes, so a long name ends in its hash."""
-    encoded = name.encode()
-    short = encoded if len(encoded) <= 300 else encoded[:200] + blake3(encoded).digest()
-    return plan_id.encode() + b"/" + short
-
-
-def name_of_key(key: bytes) -> str:
-    """Return a key for people: text where it is text, else hexadecimal digits."""
-    try:
-        text = key.decode("ascii")
-    except UnicodeDecodeError:
-        return key.hex()
-    return text if text.isprintable() else key.hex()

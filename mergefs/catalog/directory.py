@@ -19,6 +19,14 @@ from mergefs.errors import CatalogError
 DATA: Final = "data.mdb"
 READERS: Final = "lock.mdb"
 USERS: Final = "users.lock"
+PLANES: Final = "planes"
+"""The directory of the files of delta planes."""
+COMPACTING: Final = "compacting"
+"""The directory that a smaller copy of the data is written in."""
+SALVAGE: Final = "salvage"
+"""The directory that what can be read of damaged data is written in."""
+DAMAGED_DATA: Final = "data.mdb.damaged"
+"""What damaged data is called once other data has taken its place."""
 
 _WAITING_DEADLINE: Final = 60.0
 """Seconds to wait for a process that creates, compacts or repairs the catalog."""

@@ -11,7 +11,7 @@ without any for what nobody has written. A data file that is shorter than its pa
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ _LOCK_FILE_SIZE = 128 * 2**10
 Put = tuple[str, bytes, bytes | None]
 """A table, a key, and the value to keep there (None removes the key)."""
 
-REBUILD = "everything in it can be rebuilt: `mergefs catalog check` says what is left of it"
+REBUILD = "everything in it can be rebuilt: `mergefs catalog check --repair` keeps what can still be read"
 """What to do about damage."""
 
 
@@ -115,19 +115,23 @@ class Environment:
 
     def items(self, table: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
         """Return all pairs whose key starts with ``prefix``, in the order of the keys."""
-        found: list[tuple[bytes, bytes]] = []
-        with self._transaction(write=False) as transaction, transaction.cursor(db=self._tables[table]) as cursor:
-            if not cursor.set_range(prefix):
-                return found
-            last = None
-            for key, value in cursor:
-                if not key.startswith(prefix):
-                    break
-                if last is not None and key <= last:
-                    raise lmdb.CorruptedError(f"keys of table {table!r} are out of order")
-                last = key
-                found.append((key, value))
-        return found
+        with self.view() as view:
+            return list(view.items(table, prefix))
+
+    @contextmanager
+    def view(self) -> Iterator["View"]:
+        """Lend one state of all tables, which nothing that is written meanwhile changes."""
+        with self._transaction(write=False) as transaction:
+            yield View(transaction, self._tables, self._lmdb.open_db(None, txn=transaction))
+
+    def remove(self, expected: Sequence[tuple[str, bytes, bytes]]) -> int:
+        """Remove records (table, key, value) that still have the value, in one transaction; return how many had."""
+        removed = 0
+        with self._transaction(write=True) as transaction:
+            for table, key, value in expected:
+                if transaction.get(key, db=self._tables[table]) == value:
+                    removed += bool(transaction.delete(key, db=self._tables[table]))
+        return removed
 
     def count(self, table: str) -> int:
         """Return the number of keys in ``table``."""
@@ -272,3 +276,48 @@ class Environment:
         )
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         return CatalogError(f"{self._path}: the catalog cannot be {verb} ({reason}); {remedy}")
+
+
+class View:
+    """One state of the tables of an environment, while it is lent."""
+
+    def __init__(self, transaction: Any, tables: Mapping[str, Any], names: Any) -> None:
+        self._transaction = transaction
+        self._tables = tables
+        self._names = names
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Return the value of ``key``, or None."""
+        value: bytes | None = self._transaction.get(key, db=self._tables[table])
+        return value
+
+    def items(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield the pairs whose key starts with ``prefix``, in the order of the keys.
+
+        Raises lmdb.Error where the pages are damaged; going round in them for ever is one way to be.
+        """
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if not cursor.set_range(prefix):
+                return
+            last = None
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                if last is not None and key <= last:
+                    raise lmdb.CorruptedError(f"keys of table {table!r} are out of order")
+                last = key
+                yield key, value
+
+    def count(self, table: str) -> int:
+        """Return the number of keys that the table says to have."""
+        return int(self._transaction.stat(self._tables[table])["entries"])
+
+    def size(self, table: str) -> int:
+        """Return the bytes of the pages of a table."""
+        found = self._transaction.stat(self._tables[table])
+        return int(found["psize"]) * int(found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"])
+
+    def names(self) -> list[str]:
+        """Return the names of all tables in the file, also of those that this version does not know."""
+        with self._transaction.cursor(db=self._names) as cursor:
+            return [key.decode(errors="replace") for key in cursor.iternext(keys=True, values=False)]

@@ -2,6 +2,7 @@
 
 import click
 
+from mergefs.cli.catalog_check import command as check
 from mergefs.cli.settings import Settings
 
 
@@ -42,3 +43,6 @@ def info(settings: Settings, as_json: bool) -> None:
     if models:
         rows = [(m.path, str(m.tensors), format_size(m.total_bytes), m.content or "not analysed") for m in models]
         print_table(("model", "tensors", "size", "identity"), rows, numeric=(1, 2))
+
+
+command.add_command(check)

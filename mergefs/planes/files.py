@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from blake3 import blake3
 
+from mergefs.catalog.directory import PLANES
 from mergefs.errors import CatalogError
 
 _UNFINISHED: Final = ".unfinished"
@@ -17,7 +18,7 @@ _SUFFIX: Final = ".planes"
 
 def planes_directory(catalog: Path) -> Path:
     """Return where the files of planes lie, beside the tables of the catalog in the directory ``catalog``."""
-    return catalog / "planes"
+    return catalog / PLANES
 
 
 class PlaneFile:
