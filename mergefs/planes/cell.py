@@ -43,78 +43,49 @@ def encode_cell(expert: Array, base: Array, compute: DType, group: int, planes: 
         return CodedCell(b"", 0, (energy,) * (planes + 1))
     exponent = exponent_for(largest)
     codes = scale_codes(np.sqrt(energies / sizes), exponent)
-    kept = np.repeat(codes > 0, sizes)
-    record = _Record.empty(codes, exponent, int(kept.sum()), planes)
-    cell = _Cell(exact, store(base, compute, compute), compute, group)
-    left = _fill(
-        record, cell, np.ldexp(deltas[kept], -exponent).astype(np.float32), np.cumsum(sizes[codes > 0]), energy
-    )
-    return CodedCell(record.data.tobytes(), record.coded, (energy, *left))
+    coded = int(sizes[codes > 0].sum())
+    targets = np.ldexp(deltas[np.repeat(codes > 0, sizes)], -exponent).astype(np.float32)
+    record: Raw = np.zeros(1 + codes.size + planes * (stream_bytes(coded) + CHECK_BYTES), dtype=np.uint8)
+    record[0] = exponent % 256
+    record[1 : 1 + codes.size] = codes
+    cell = _Cell(exact, store(base, compute, compute), compute, group, coded)
+    left = _fill(record, cell, codes, targets, np.cumsum(sizes[codes > 0]), energy)
+    return CodedCell(record.tobytes(), coded, left)
 
 
-def decode_cell(record: Raw, base: Raw, compute: DType, group: int, coded: int, planes: int) -> Raw:
-    """Return base plus delta, as bytes of ``compute``, from the record of a cell up to so many ``planes`` (1 or more).
+def is_sound(prefix: Raw) -> bool:
+    """Return whether the first planes of a record, up to and with a check, are what was written."""
+    return bool(_check(prefix[:-CHECK_BYTES]) == prefix[-CHECK_BYTES:].tobytes())
 
-    ``base`` are the cell's bytes of ``compute``. The checks are not looked at; see ``is_sound``.
+
+def decode_cell(prefix: Raw, base: Raw, compute: DType, group: int, coded: int, planes: int) -> Raw:
+    """Return base plus delta, as bytes of ``compute``, from the first ``planes`` (one or more) of a record.
+
+    ``base`` are the cell's bytes of ``compute``, ``coded`` of whose elements have bits. The checks are not looked at.
     """
-    view = _Record.read(record, base.size // compute.itemsize, group, coded, planes)
-    return view.decode(base, compute, group, planes)
+    from mergefs.kernels.fused.trellis import PlaneRun, decode
+
+    groups = -(-(base.size // compute.itemsize) // group)
+    scales = scales_of(prefix[1 : 1 + groups], int(prefix[:1].view(np.int8)[0]))
+    run = PlaneRun(1 + groups, stream_bytes(coded) + CHECK_BYTES, planes, coded)
+    if compute != F64:
+        return decode(base, compute, prefix, run, scales, group, _tables())
+    values = base.view(np.float64)
+    deltas = decode(np.zeros(values.size * 4, dtype=np.uint8), F32, prefix, run, scales, group, _tables())
+    return store(values + deltas.view(np.float32), F64, F64)
 
 
-def is_sound(record: Raw, elements: int, group: int, coded: int, planes: int) -> bool:
-    """Return whether a record up to so many ``planes`` has the bytes that were written."""
-    view = _Record.read(record, elements, group, coded, planes)
-    return all(view.check(plane) == bytes(record[view.end(plane) :][:CHECK_BYTES]) for plane in range(planes))
+def _check(data: Raw) -> bytes:
+    """Return the check of the bytes of a record that stand before it."""
+    return blake3(data.data).digest(length=CHECK_BYTES)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Record:
-    """The bytes of a record, or of its first planes."""
+@cache
+def _tables() -> "Tables":
+    """Return the look-up tables of the books."""
+    from mergefs.kernels.fused.trellis import Tables
 
-    data: Raw
-    groups: int
-    coded: int
-    planes: int
-
-    @classmethod
-    def empty(cls, codes: NDArray[np.uint8], exponent: int, coded: int, planes: int) -> "_Record":
-        """Return a record with scales, whose planes are all zero."""
-        size = 1 + codes.size + planes * (stream_bytes(coded) + CHECK_BYTES)
-        record = cls(np.zeros(size, dtype=np.uint8), codes.size, coded, planes)
-        record.data[0] = exponent % 256
-        record.data[1 : 1 + codes.size] = codes
-        return record
-
-    @classmethod
-    def read(cls, data: Raw, elements: int, group: int, coded: int, planes: int) -> "_Record":
-        """Return the record of a cell of so many elements."""
-        return cls(data, -(-elements // group), coded, planes)
-
-    def start(self, plane: int) -> int:
-        """Return where a plane (from 0) begins."""
-        return 1 + self.groups + plane * (stream_bytes(self.coded) + CHECK_BYTES)
-
-    def end(self, plane: int) -> int:
-        """Return where a plane ends and its check begins."""
-        return self.start(plane) + stream_bytes(self.coded)
-
-    def check(self, plane: int) -> bytes:
-        """Return the check of a plane; that of the first is one of the scales, too."""
-        begin = self.start(plane) if plane else 0
-        return blake3(self.data[begin : self.end(plane)].data).digest(length=CHECK_BYTES)
-
-    def decode(self, base: Raw, compute: DType, group: int, planes: int) -> Raw:
-        """Return base plus the delta that the first planes have."""
-        from mergefs.kernels.fused.trellis import decode
-
-        exponent = int(self.data[:1].view(np.int8)[0])
-        scales = scales_of(self.data[1 : 1 + self.groups], exponent)
-        starts = np.array([self.start(plane) for plane in range(planes)], dtype=np.int64)
-        if compute != F64:
-            return decode(base, compute, self.data, starts, scales, group, _tables())
-        values = base.view(np.float64)
-        deltas = decode(np.zeros(values.size * 4, dtype=np.uint8), F32, self.data, starts, scales, group, _tables())
-        return store(values + deltas.view(np.float32), F64, F64)
+    return Tables.of(BOOKS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,31 +96,37 @@ class _Cell:
     base: Raw
     compute: DType
     group: int
+    coded: int
 
-    def squared_error(self, record: _Record, planes: int) -> float:
+    def squared_error(self, record: Raw, planes: int) -> float:
         """Return the squared distance of the expert from what the first planes decode to."""
-        decoded = load(record.decode(self.base, self.compute, self.group, planes), self.compute, self.compute)
-        difference = self.expert - decoded
+        raw = decode_cell(record, self.base, self.compute, self.group, self.coded, planes)
+        difference = self.expert - load(raw, self.compute, self.compute)
         return float((difference * difference).sum())
 
 
 def _fill(
-    record: _Record, cell: _Cell, targets: NDArray[np.float32], ends: NDArray[np.int64], energy: float
-) -> list[float]:
-    """Write every plane into ``record`` and return the squared error after each.
+    record: Raw,
+    cell: _Cell,
+    codes: NDArray[np.uint8],
+    targets: NDArray[np.float32],
+    ends: NDArray[np.int64],
+    energy: float,
+) -> tuple[float, ...]:
+    """Write every plane into ``record``, which has its scales, and return the squared errors, from level 0 on.
 
     ``targets`` are the deltas of the elements that have bits, divided by the power of two of the scales; those up to
     ``ends`` are of a group. ``energy`` is the squared error without any plane.
     """
     from mergefs.kernels.fused.trellis_search import Search
 
-    codes = record.data[1 : 1 + record.groups]
     scales = scales_of(codes[codes > 0], 0)
     sums: NDArray[np.int32] = np.zeros(targets.size, dtype=np.int32)
     search = Search()
     left = [energy]
-    for plane in range(record.planes):
-        bits = record.data[record.start(plane) : record.end(plane)]
+    start, size = 1 + codes.size, stream_bytes(cell.coded)
+    for plane in range((record.size - start) // (size + CHECK_BYTES)):
+        bits = record[start : start + size]
         after = sums.copy()
         bits[:] = search.plane(targets, after, ends, scales, BOOKS[plane])
         error = cell.squared_error(record, plane + 1)
@@ -157,9 +134,10 @@ def _fill(
             sums = after
         else:
             bits[:], error = 0, left[-1]
-        record.data[record.end(plane) :][:CHECK_BYTES] = np.frombuffer(record.check(plane), dtype=np.uint8)
+        record[start + size : start + size + CHECK_BYTES] = np.frombuffer(_check(record[: start + size]), np.uint8)
+        start += size + CHECK_BYTES
         left.append(error)
-    return left[1:]
+    return tuple(left)
 
 
 def _group_energies(deltas: NDArray[np.float64], group: int) -> NDArray[np.float64]:
@@ -168,11 +146,3 @@ def _group_energies(deltas: NDArray[np.float64], group: int) -> NDArray[np.float
     whole = squares.size - squares.size % group
     energies = squares[:whole].reshape(-1, group).sum(axis=1)
     return energies if whole == squares.size else np.append(energies, squares[whole:].sum())
-
-
-@cache
-def _tables() -> "Tables":
-    """Return the look-up tables of the books."""
-    from mergefs.kernels.fused.trellis import Tables
-
-    return Tables.of(BOOKS)

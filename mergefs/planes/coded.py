@@ -73,10 +73,9 @@ class CodedDelta:
         coded = int(self.layout.coded[cell])
         if level == 0 or coded == 0:
             return base_values
-        start, stop = self.grid.bounds(cell)
         size = self.layout.prefix_size(cell, level)
         record = reader.read(self.file, self.offset + int(self.starts[cell]), size, purpose)
-        if not is_sound(record, stop - start, self.layout.group, coded, level):
+        if not is_sound(record):
             raise SourceChangedError(
                 f"{self.file.path}: the {size} bytes at offset {self.offset + int(self.starts[cell])} are not those "
                 "that were written; remove the file, run mergefs analyze with --planes, and plan again"

@@ -7,7 +7,7 @@ elements within a cell that share a scale. The record of a cell is
 
 so that its first planes are a prefix of it, which one read gets. Elements of a group without scale (code 0: its delta
 is zero) have no bits in the planes; a cell without any has no record at all. A check is the beginning of the BLAKE3
-hash of what stands between it and the check before.
+hash of all that stands before it, so one look at the last check that is read is enough.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The scales of groups: eight for each octave, below a power of two that a cell has for all of its groups."""
 
 import math
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -51,5 +52,12 @@ def scale_codes(wanted: NDArray[np.float64], exponent: int) -> NDArray[np.uint8]
 
 def scales_of(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
     """Return the scales (float32) of codes."""
-    scales: NDArray[np.float32] = np.ldexp(_SCALES.astype(np.float32), exponent)[codes]
+    scales: NDArray[np.float32] = _scales(exponent)[codes]
+    return scales
+
+
+@cache
+def _scales(exponent: int) -> NDArray[np.float32]:
+    """Return the scale of every code."""
+    scales: NDArray[np.float32] = np.ldexp(_SCALES.astype(np.float32), exponent)
     return scales

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel, inlined
-from mergefs.kernels.fused.memory import address, aligned_bytes, empty_result
+from mergefs.kernels.fused.memory import address, empty_result
 from mergefs.kernels.fused.values import loaded, narrowed, rounded
 from mergefs.kernels.precision import Raw
 from mergefs.kernels.trellis import STATES, STEP
@@ -27,13 +27,13 @@ _TILE: Final = 4096
 _STEP: Final = np.float32(STEP)
 
 
-def _sum_planes(sums: Any, record: Any, starts: Any, first: Any, count: Any, tables: Any) -> None:
-    """Write the lifted sums of ``count`` bytes of every plane, beginning with its byte ``first``, into ``sums``.
+def _sum_planes(sums: Any, record: Any, first: Any, stride: Any, planes: Any, count: Any, tables: Any) -> None:
+    """Write the lifted sums of ``count`` bytes of so many planes, from byte ``first`` of the first on, into ``sums``.
 
     ``sums`` are uint64 of four lanes. Of each plane one more byte is read, for the last seven elements.
     """
-    for plane in range(starts.size):
-        at = np.uint64(starts[plane]) + np.uint64(first)
+    for plane in range(planes):
+        at = first + np.uint64(plane) * stride
         table = tables[plane]
         if plane == 0:
             for k in range(np.uint64(count)):
@@ -54,26 +54,29 @@ def _decode(
     result: Any,
     base: Any,
     record: Any,
-    starts: Any,
+    start: Any,
+    stride: Any,
+    planes: Any,
     scales: Any,
     group: Any,
     coded: Any,
     tables: Any,
     lifted: Any,
-    sums: Any,
-    lanes: Any,
 ) -> None:
     """Write base plus delta into ``result``.
 
-    ``base`` is an address. ``starts`` say where in ``record`` each plane begins that is read, ``scales`` (float32) are
-    those of the groups of ``group`` elements; elements of a group of scale zero have no bits, so the planes have
-    ``coded`` elements. ``lanes`` are the same memory as ``sums``.
+    ``base`` is an address. The first plane begins at ``start`` of ``record``, each of the others ``stride`` after the
+    one before. ``scales`` (float32) are those of the groups of ``group`` elements; elements of a group of scale zero
+    have no bits, so the planes have ``coded`` elements.
     """
+    sums = np.empty(_TILE // _LANES, dtype=np.uint64)
+    lanes = sums.view(np.uint16)
+    base, group, coded = np.uint64(base), np.uint64(group), np.uint64(coded)
     size = np.uint64(result.size)
     used, ready = np.uint64(0), np.uint64(0)
     for index in range(scales.size):
-        first = np.uint64(index) * np.uint64(group)
-        last = min(first + np.uint64(group), size)
+        first = np.uint64(index) * group
+        last = min(first + group, size)
         scale = scales[index] * _STEP
         if scale == np.float32(0):
             for i in range(first, last):
@@ -81,13 +84,14 @@ def _decode(
             continue
         while first < last:
             if used == ready:
-                count = min(np.uint64(_TILE // 8), (np.uint64(coded) - used + np.uint64(7)) >> np.uint64(3))
-                _sum_planes_inlined(sums, record, starts, used >> np.uint64(3), count, tables)
+                count = min(np.uint64(_TILE // 8), (coded - used + np.uint64(7)) >> np.uint64(3))
+                at = np.uint64(start) + (used >> np.uint64(3))
+                _sum_planes_inlined(sums, record, at, np.uint64(stride), planes, count, tables)
                 ready += np.uint64(_TILE)
             count = min(last - first, ready - used)
             place = used % np.uint64(_TILE)
             for i in range(count):
-                delta = np.float32(np.int32(lanes[place + i]) - lifted) * scale
+                delta = np.float32(np.int32(lanes[place + i]) - np.int32(lifted)) * scale
                 result[first + i] = narrowed(rounded(loaded(base, first + i, result) + delta, result), result)
             first += count
             used += count
@@ -97,16 +101,16 @@ def _signature(element: Any) -> Any:
     """Return the signature for one element type."""
     return types.void(
         types.Array(element, 1, "C"),
-        types.uint64,
+        types.int64,
         types.Array(types.uint8, 1, "C"),
-        types.Array(types.int64, 1, "C"),
+        types.int64,
+        types.int64,
+        types.int64,
         types.Array(types.float32, 1, "C"),
         types.int64,
         types.int64,
         types.Array(types.uint64, 2, "C"),
-        types.int32,
-        types.Array(types.uint64, 1, "C"),
-        types.Array(types.uint16, 1, "C"),
+        types.int64,
     )
 
 
@@ -134,40 +138,46 @@ class Tables:
         return cls(found, np.cumsum(offsets).astype(np.int32))
 
 
+@dataclass(frozen=True, slots=True)
+class PlaneRun:
+    """Planes of a record: where in it the first begins, how far each is from the one before, how many are read.
+
+    They have bits for ``coded`` elements. After each plane the record goes on for a byte or more.
+    """
+
+    start: int
+    stride: int
+    planes: int
+    coded: int
+
+
 def decode(
     base: Raw,
     dtype: DType,
     record: NDArray[np.uint8],
-    starts: NDArray[np.int64],
+    run: PlaneRun,
     scales: NDArray[np.float32],
     group: int,
     tables: Tables,
 ) -> Raw:
     """Return base plus delta, as bytes of ``dtype``, which has fused kernels.
 
-    ``base`` are bytes of ``dtype``. ``starts`` says where in ``record`` each plane begins that is read (none: the
-    result is the base), ``scales`` has one for each group of ``group`` elements; those of scale zero have no bits in
-    the planes. After each plane ``record`` goes on for a byte or more.
+    ``base`` are bytes of ``dtype``. ``scales`` has one for each group of ``group`` elements; those of scale zero have
+    no bits in the planes, of which one or more are read.
     """
-    if not starts.size:
-        unchanged: Raw = base.copy()
-        return unchanged
     result = empty_result(base, dtype)
-    sums = aligned_bytes(_TILE * 2).view(np.uint64)
-    sizes = np.minimum(group, result.size - group * np.arange(scales.size))
-    coded = int(sizes[scales != 0].sum())
     KERNEL.compiled(dtype)(
         result,
         address(base),
         record,
-        starts,
+        run.start,
+        run.stride,
+        run.planes,
         scales,
         group,
-        coded,
+        run.coded,
         tables.windows,
-        tables.lifted[starts.size - 1],
-        sums,
-        sums.view(np.uint16),
+        int(tables.lifted[run.planes - 1]),
     )
     decoded: Raw = result.view(np.uint8)
     return decoded
