@@ -1,5 +1,6 @@
 """Coded deltas of experts' tensors: what the catalog knows of them, and their values."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import PlanesRecord
-from mergefs.checkpoint.dtypes import DType
+from mergefs.checkpoint.dtypes import F32, F64, DType
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
@@ -58,6 +59,10 @@ class CodedDelta:
     def nbytes(self) -> int:
         """The bytes of all cells with all planes."""
         return int(self.bytes_read(self.planes).sum())
+
+    def kernels(self) -> Iterator[tuple[str, DType]]:
+        """Yield the modules of ``mergefs.kernels.fused`` that it is decoded with, each with a dtype."""
+        yield "trellis", F32 if self.compute == F64 else self.compute
 
     def bytes_read(self, level: int) -> NDArray[np.int64]:
         """Return for each cell the bytes that are read of the file for ``level``: a prefix of its record (int64)."""
