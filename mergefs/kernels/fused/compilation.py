@@ -64,9 +64,10 @@ class _KernelCache(FunctionCache):
     """
 
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
-        """Add a digest of this package's sources to the key."""
+        """Add a digest of the sources of this package, and of that of the kernel, to the key."""
         key: Callable[[Any, Any], tuple[Any, ...]] = super()._index_key
-        return (*key(signature, codegen), _sources_digest())
+        kernels = Path(self._py_func.__code__.co_filename).parent
+        return (*key(signature, codegen), _sources_digest(Path(__file__).parent), _sources_digest(kernels))
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """Return the cached code, or None where there is none or it cannot be read."""
@@ -87,9 +88,9 @@ _make_cache: Callable[[Callable[..., Any]], _KernelCache] = _KernelCache
 
 
 @cache
-def _sources_digest() -> str:
-    """Return the digest of the sources of this package."""
+def _sources_digest(package: Path) -> str:
+    """Return the digest of the sources of a package."""
     digest = blake3()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(package.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()

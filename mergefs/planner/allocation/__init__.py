@@ -1,0 +1,10 @@
+"""Which bytes to buy: numbers in, numbers out. Nothing here knows of files, tensors' names or methods.
+
+``offers`` says what may be bought of one tensor and what it is worth, ``chains`` in which order each of its cells is
+worth buying, ``spending`` what a budget buys of all tensors.
+"""
+
+from mergefs.planner.allocation.offers import Offer, correlations
+from mergefs.planner.allocation.spending import Allocation, allocate
+
+__all__ = ["Allocation", "Offer", "allocate", "correlations"]
