@@ -69,8 +69,8 @@ def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_statistics_come_back_as_they_were_kept_once_they_are_flushed(
     catalogs: Path, key: bytes, digest: bytes, blocks: bytes, number: float
 ) -> None:
-    content, delta = ContentRecord(digest, blocks), DeltaRecord(blocks, digest)
-    histogram, threshold = HistogramRecord(blocks, digest), ThresholdRecord(2**31 - 1, 2**40)
+    content, delta = ContentRecord(digest, blocks), DeltaRecord(7, *[digest, blocks] * 3, digest)
+    histogram, threshold = HistogramRecord(blocks), ThresholdRecord(2**31 - 1, 2**40)
     with Catalog(catalogs / uuid4().hex) as catalog:
         catalog.keep_content(key, content)
         catalog.keep_delta(key, delta)

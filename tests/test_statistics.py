@@ -25,7 +25,8 @@ from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.blocks import analyze_tensor, known_deltas
+from mergefs.statistics.blocks import known_deltas
+from mergefs.statistics.gathering import analyze_tensor
 from mergefs.statistics.identity import checkpoint_identity
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import TensorStream, answer_quantities
@@ -207,7 +208,7 @@ def test_block_statistics_are_those_of_each_block(tmp_path: Path, stored: torch.
     reader = SourceReader(ledger)
     with Catalog(tmp_path / "catalog") as catalog:
         assert known_deltas(places[1], places[0], F32, catalog) is None
-        analyze_tensor(places, 0, F32, catalog, reader)
+        analyze_tensor(places[0], places[1:], F32, catalog, reader)
         catalog.flush()
         assert ledger.totals().analysis_bytes_read == 3 * base.nbytes
         for place, expert in zip(places[1:], experts, strict=True):
@@ -225,7 +226,7 @@ def test_minus_zero_differs_from_zero(tmp_path: Path) -> None:
     places = places_of(tmp_path, base, -base)
     reader = SourceReader(Ledger())
     with Catalog(tmp_path / "catalog") as catalog:
-        analyze_tensor(places, 0, F32, catalog, reader)
+        analyze_tensor(places[0], places[1:], F32, catalog, reader)
         catalog.flush()
         deltas = known_deltas(places[1], places[0], F32, catalog)
     assert deltas is not None
@@ -241,7 +242,7 @@ def test_the_analysis_names_the_first_element_that_is_no_number(tmp_path: Path, 
     places = places_of(tmp_path, base, expert)
     reader = SourceReader(Ledger())
     with Catalog(tmp_path / "catalog") as catalog, pytest.raises(NonFiniteError) as caught:
-        analyze_tensor(places, 0, F32, catalog, reader)
+        analyze_tensor(places[0], places[1:], F32, catalog, reader)
     assert f"tensor '{NAME}' holds {value} at element 137" in str(caught.value)
     reader.close()
 
@@ -285,7 +286,7 @@ def test_what_the_catalog_knows_of_a_model_holds_for_its_copy(tmp_path: Path) ->
     with Catalog(tmp_path / "catalog") as catalog:
         service = StatisticsService(catalog, reader)
         for family in (places, copies):
-            analyze_tensor(family, 0, F32, catalog, reader)
+            analyze_tensor(family[0], family[1:], F32, catalog, reader)
         catalog.flush()
         expected = service.answers(WANTED, places, 0, F32)
         before = ledger.totals().analysis_bytes_read

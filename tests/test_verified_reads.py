@@ -25,7 +25,7 @@ from mergefs.errors import SourceChangedError
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import StoredTensor
-from mergefs.statistics.blocks import hash_tensor
+from mergefs.statistics.gathering import hash_tensor
 from mergefs.statistics.identity import local_key
 
 WEIGHTS = "model.safetensors"

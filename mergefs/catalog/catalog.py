@@ -16,6 +16,7 @@ from mergefs.catalog.records import (
     ContentRecord,
     DeltaRecord,
     HistogramRecord,
+    NormRecord,
     NumberRecord,
     PlanEntryRecord,
     PlanesRecord,
@@ -23,6 +24,7 @@ from mergefs.catalog.records import (
     ReadingRecord,
     ThresholdRecord,
     TransactionRecord,
+    TwinRecord,
     VectorRecord,
     VocabularyRecord,
 )
@@ -30,7 +32,7 @@ from mergefs.catalog.schema import META, SCHEMA, TABLES
 from mergefs.errors import CatalogError
 
 FORMAT: Final = 2
-"""2: every value is sealed and says when it was kept and what it is about."""
+"""2: every value is sealed and says when it was kept and what it is about; statistics of blocks have sketches."""
 FORMAT_KEY: Final = b"format"
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
@@ -108,6 +110,22 @@ class Catalog:
     def keep_planes(self, key: bytes, record: PlanesRecord, about: bytes = b"") -> None:
         """Keep where the planes of a delta are, at the next flush."""
         self._keep("planes", key, record, about)
+
+    def norms(self, key: bytes) -> NormRecord | None:
+        """Return the squared norms of the blocks of a tensor."""
+        return self._get("norms", key, NormRecord)
+
+    def keep_norms(self, key: bytes, record: NormRecord, about: bytes = b"") -> None:
+        """Keep the squared norms of the blocks of a tensor at the next flush."""
+        self._keep("norms", key, record, about)
+
+    def twin(self, key: bytes) -> TwinRecord | None:
+        """Return which content a tensor may have."""
+        return self._get("twins", key, TwinRecord)
+
+    def keep_twin(self, key: bytes, record: TwinRecord, about: bytes = b"") -> None:
+        """Keep which content a tensor may have at the next flush."""
+        self._keep("twins", key, record, about)
 
     def histogram(self, key: bytes) -> HistogramRecord | None:
         """Return the magnitude histogram of a delta."""

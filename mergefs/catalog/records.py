@@ -14,14 +14,26 @@ class ContentRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DeltaRecord(msgspec.Struct, frozen=True, array_like=True):
-    """An expert's tensor against the base's, block by block.
+    """An expert's tensor against the base's, block by block; see ``mergefs.statistics.blocks.BlockDeltas``.
 
-    ``squared_norms`` (float32) of the delta, ``changed`` (uint32) counts elements whose bits differ from the base's in
-    the compute dtype.
+    ``present`` has a bit for each of ``blocks`` blocks, set where any element changed (empty: in all of them). The
+    arrays hold entries of these blocks alone: float32, but for ``changed`` (uint32) and ``sketches`` (128 int8 each).
     """
 
-    squared_norms: bytes
+    blocks: int
+    present: bytes
     changed: bytes
+    squared_norms: bytes
+    absolute_sums: bytes
+    largest: bytes
+    sketch_scales: bytes
+    sketches: bytes
+
+
+class NormRecord(msgspec.Struct, frozen=True, array_like=True):
+    """The squared norm (float32) of each block of a tensor, in a compute dtype."""
+
+    squared_norms: bytes
 
 
 class PlanesRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -45,10 +57,15 @@ class PlanesRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HistogramRecord(msgspec.Struct, frozen=True, array_like=True):
-    """How many magnitudes of a delta fall into each of 32,768 bins: the bins that are not empty, and their counts."""
+    """How many magnitudes of a delta fall into each of 32,768 bins, packed by ``mergefs.statistics.histograms``."""
 
-    bins: bytes  # uint16
-    counts: bytes  # uint64
+    packed: bytes
+
+
+class TwinRecord(msgspec.Struct, frozen=True, array_like=True):
+    """The local key of the last tensor that had a certain block where it first differs from its base."""
+
+    local: bytes
 
 
 class ThresholdRecord(msgspec.Struct, frozen=True, array_like=True):

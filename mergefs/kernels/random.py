@@ -23,8 +23,15 @@ def stream_key(seed: int, model: int, tensor: str) -> int:
 
 def uniform_integers(key: int, start: int, count: int) -> NDArray[np.uint32]:
     """Return ``count`` integers, uniform on [0, 2**24), for the elements from ``start`` on."""
+    state = words(key, np.arange(start, start + count, dtype=np.uint64))
+    draws: NDArray[np.uint32] = (state >> np.uint64(64 - UNIFORM_BITS)).astype(np.uint32)
+    return draws
+
+
+def words(key: int, elements: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return 64 random bits for each of ``elements``, indices into the stream with ``key``; of any shape."""
+    state: NDArray[np.uint64] = elements + np.uint64(1)
     with np.errstate(over="ignore"):
-        state = np.arange(start + 1, start + 1 + count, dtype=np.uint64)
         state *= np.uint64(_GAMMA)
         state += np.uint64(key)
         state ^= state >> np.uint64(30)
@@ -32,8 +39,7 @@ def uniform_integers(key: int, start: int, count: int) -> NDArray[np.uint32]:
         state ^= state >> np.uint64(27)
         state *= np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)
-    draws: NDArray[np.uint32] = (state >> np.uint64(64 - UNIFORM_BITS)).astype(np.uint32)
-    return draws
+    return state
 
 
 def bernoulli_limit(probability: float) -> int:

@@ -9,7 +9,8 @@ from mergefs.planner.plan import TensorPlan
 from mergefs.progress import Progress
 from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.blocks import analyze_tensor, hash_tensor, known_deltas
+from mergefs.statistics.blocks import known_deltas, known_norms
+from mergefs.statistics.gathering import analyze_tensor, hash_tensor
 from mergefs.statistics.identity import checkpoint_identity, local_key
 from mergefs.statistics.service import StatisticsService
 
@@ -42,7 +43,7 @@ def analyze_family(
     unwritten = 0
     for tensor, places in work:
         tensor.prepare()
-        analyze_tensor(places, 0, tensor.compute, catalog, reader)
+        analyze_tensor(places[0], places[1:], tensor.compute, catalog, reader)
         unwritten = _advance(sum(p.nbytes for p in places), unwritten, catalog, progress)
     for place in rest:
         hash_tensor(place, catalog, reader)
@@ -79,7 +80,7 @@ def record_checkpoints(sources: Iterable[WeightSource], catalog: Catalog) -> Non
 
 
 def _missing(tensor: TensorPlan, catalog: Catalog) -> tuple[Place, ...]:
-    """Return the base and the experts whose deltas are not known; nothing where all are."""
+    """Return the base and the experts whose deltas are not known; nothing where all are, and the base's norms too."""
     if tensor.context is None or tensor.stand_in is None:
         return ()
     experts = [
@@ -87,7 +88,9 @@ def _missing(tensor: TensorPlan, catalog: Catalog) -> tuple[Place, ...]:
         for place, role in zip(tensor.places, tensor.roles, strict=True)
         if role is Role.EXPERT and known_deltas(place, tensor.stand_in, tensor.compute, catalog) is None
     ]
-    return (tensor.stand_in, *experts) if experts else ()
+    if not experts and known_norms(tensor.stand_in, tensor.compute, catalog) is not None:
+        return ()
+    return (tensor.stand_in, *experts)
 
 
 def _advance(size: int, unwritten: int, catalog: Catalog, progress: Progress) -> int:

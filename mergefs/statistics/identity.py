@@ -7,6 +7,7 @@ from blake3 import blake3
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
+from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.source import Shard
 from mergefs.sources.place import Place, StoredTensor
 
@@ -64,6 +65,26 @@ def sources_of(catalog: Catalog, *places: Place) -> bytes:
     """
     stored = {tensor_keys(tensor, catalog)[0]: None for place in places for tensor in place.stored()}
     return b"".join(stored)
+
+
+def statistic_keys(
+    kind: str, places: Sequence[Place], compute: DType, argument: int | str, catalog: Catalog
+) -> list[bytes]:
+    """Return the keys that a statistic of ``places`` may be kept under, the best first."""
+    options = [tensor_keys(place, catalog) for place in places]
+    best = tuple(keys[0] for keys in options)
+    local = tuple(keys[-1] for keys in options)
+    return [statistic_key(kind, compute, argument, keys) for keys in dict.fromkeys((best, local))]
+
+
+def statistic_key(kind: str, compute: DType, argument: int | str, tensors: Sequence[bytes]) -> bytes:
+    """Return the key of a statistic of tensors that have these keys themselves."""
+    return digest(kind, compute.name, argument, *tensors)
+
+
+def content_digest(dtype: DType, shape: tuple[int, ...], hashes: Sequence[bytes]) -> bytes:
+    """Return what a tensor is known by: a hash of its dtype, its shape and the hashes of its blocks."""
+    return digest("content", dtype.name, ",".join(map(str, shape)), b"".join(hashes))
 
 
 def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.catalog.records import HistogramRecord, ThresholdRecord, VectorRecord
+from mergefs.catalog.records import ThresholdRecord, VectorRecord
 from mergefs.checkpoint.dtypes import F64, DType
 from mergefs.kernels.precision import Raw, store
 from mergefs.methods.contract import (
@@ -33,7 +33,8 @@ from mergefs.methods.registry import method_origin
 from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
-from mergefs.statistics.identity import digest, sources_of, tensor_keys
+from mergefs.statistics.histograms import histogram_keys, known_histogram, pack
+from mergefs.statistics.identity import digest, sources_of, statistic_keys, tensor_keys
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
 from mergefs.statistics.row_means import mean_row
@@ -169,10 +170,7 @@ class StatisticsService:
 
     def _keys(self, kind: str, places: tuple[Place, ...], compute: DType, argument: int | str) -> list[bytes]:
         """Return the keys that a statistic may be kept under, the best first."""
-        options = [tensor_keys(place, self._catalog) for place in places]
-        best = tuple(keys[0] for keys in options)
-        local = tuple(keys[-1] for keys in options)
-        return [digest(kind, compute.name, argument, *keys) for keys in dict.fromkeys((best, local))]
+        return statistic_keys(kind, places, compute, argument, self._catalog)
 
     def _known_number(self, keys: list[bytes]) -> float | None:
         """Return a number that the catalog has under one of ``keys``, or None."""
@@ -192,17 +190,12 @@ class StatisticsService:
 
     def _histogram(self, pair: TensorPair) -> NDArray[np.int64]:
         """Return the magnitude histogram of one expert's delta."""
-        keys = self._keys("histogram", (pair.expert, pair.base), pair.compute, 0)
-        for key in keys:
-            record = self._catalog.histogram(key)
-            if record is not None:
-                counts: NDArray[np.int64] = np.zeros(thresholds.BINS, dtype=np.int64)
-                counts[np.frombuffer(record.bins, dtype="<u2")] = np.frombuffer(record.counts, dtype="<u8")
-                return counts
+        known = known_histogram(pair.expert, pair.base, pair.compute, self._catalog)
+        if known is not None:
+            return known
         counts = thresholds.magnitude_histogram(pair)
-        filled = np.flatnonzero(counts)
-        record = HistogramRecord(filled.astype("<u2").tobytes(), counts[filled].astype("<u8").tobytes())
-        self._catalog.keep_histogram(keys[0], record, sources_of(self._catalog, pair.expert, pair.base))
+        key = histogram_keys(pair.expert, pair.base, pair.compute, self._catalog)[0]
+        self._catalog.keep_histogram(key, pack(counts), sources_of(self._catalog, pair.expert, pair.base))
         return counts
 
 

@@ -47,7 +47,8 @@ def _fused_histogram(pair: TensorPair) -> NDArray[np.int64]:
     like = empty(0, pair.compute)
     for start, stop in pair.grid:
         expert, base = (_in_compute_dtype(pair, place, start, stop) for place in (pair.expert, pair.base))
-        kernel.KERNEL.compiled(pair.compute)(like, address(expert), address(base), stop - start, tables, bins)
+        size = np.uint64(stop - start)
+        kernel.KERNEL.compiled(pair.compute)(like, address(expert), address(base), size, tables, bins)
     counts: NDArray[np.int64] = tables.sum(axis=0)
     return counts
 

@@ -18,11 +18,15 @@ _STORAGE: Final[dict[DType, type[np.uint16] | type[np.int16] | type[np.uint32]]]
 _CACHE_LINE: Final = 64
 
 
-def address(raw: Raw) -> int:
-    """Return where the bytes of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive."""
+def address(raw: Raw) -> np.uint64:
+    """Return where the bytes of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive.
+
+    Of the very type that signatures have: for a Python integer numba would compile the kernel anew, as a signed one.
+    """
     if not raw.flags.c_contiguous:
         raise ValueError("a kernel was given bytes that do not lie in one piece")
-    return int(raw.__array_interface__["data"][0])
+    found: np.uint64 = np.uint64(raw.__array_interface__["data"][0])
+    return found
 
 
 def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
@@ -33,7 +37,7 @@ def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
 def aligned_bytes(size: int) -> Raw:
     """Return ``size`` bytes that begin with a cache line, so that no access of a vector straddles two of them."""
     room: Raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
-    skipped = -address(room) % _CACHE_LINE
+    skipped = -int(address(room)) % _CACHE_LINE
     return room[skipped : skipped + size]
 
 

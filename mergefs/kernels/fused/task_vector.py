@@ -23,7 +23,7 @@ NO_OUTLIER: Final = 0x7FFFFFFF
 class Expert(NamedTuple):
     """How one expert enters."""
 
-    address: int
+    address: np.uint64
     """Of the expert's bytes."""
     weight: float
     rescaled: bool
@@ -49,7 +49,7 @@ class Expert(NamedTuple):
 class Settings(NamedTuple):
     """What holds for the whole run."""
 
-    base: int
+    base: np.uint64
     """Address of the base's bytes."""
     start: int
     """Flat index of the first element."""

@@ -261,3 +261,25 @@ def signed_like(typing_context: Any, value: Any, sign: Any) -> Any:
         return builder.bitcast(builder.xor(builder.bitcast(arguments[0], _INT32), sign_bit), _FLOAT)
 
     return types.float32(types.float32, types.float32), generate
+
+
+@_instruction
+def bits_differ(typing_context: Any, first: Any, second: Any) -> Any:
+    """Return 1 (int32) where two float32 differ in any bit, else 0; so a negative zero differs from a positive one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = [builder.bitcast(argument, _INT32) for argument in arguments]
+        return builder.zext(builder.icmp_unsigned("!=", *bits), _INT32)
+
+    return types.int32(types.float32, types.float32), generate
+
+
+@_instruction
+def flipped(typing_context: Any, value: Any, bits: Any) -> Any:
+    """Return ``value`` (float32) with its sign flipped where the highest of ``bits`` (uint32) is set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sign_bit = builder.and_(arguments[1], _int32(_SIGN))
+        return builder.bitcast(builder.xor(builder.bitcast(arguments[0], _INT32), sign_bit), _FLOAT)
+
+    return types.float32(types.float32, types.uint32), generate

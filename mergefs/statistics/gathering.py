@@ -1,0 +1,278 @@
+"""The one pass over a tensor of a family: hashes, block statistics and the histogram of every expert that lacks them.
+
+Each block of an expert is read once. The base's block is read only where something needs it: where the base itself is
+not known yet, or where an expert's block is another one by its hash.
+
+An expert may be a copy of one that is known, which shows only at its end. So the first block that differs from the base
+leads to the last tensor that had the same one there, a twin; as long as all blocks agree with the twin's, nothing but
+hashes is taken. Should they part later, the blocks that were passed over are read again.
+"""
+
+from typing import Final, Protocol
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from mergefs.catalog.catalog import Catalog
+from mergefs.catalog.records import ContentRecord, TwinRecord
+from mergefs.checkpoint.dtypes import DType
+from mergefs.errors import NonFiniteError
+from mergefs.kernels.deltas import BlockMeasures, ReferenceMeter
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Raw, is_finite, load, store
+from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.ledger import Purpose
+from mergefs.sources.place import Place, StoredTensor
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics import blocks, histograms
+from mergefs.statistics.identity import content_digest, digest, local_key, sources_of, statistic_key
+
+_BIN_OF_ZERO: Final = 0
+
+
+class Meter(Protocol):
+    """Measures the blocks of one tensor; see ``mergefs.kernels.deltas.ReferenceMeter``."""
+
+    def measure(self, expert: Raw, base: Raw, start: int) -> BlockMeasures:
+        """Return the measures of a block."""
+
+    def histogram(self) -> NDArray[np.int64]:
+        """Return the counts of magnitudes of all blocks so far."""
+
+
+def meter(compute: DType) -> Meter:
+    """Return the fastest meter for a compute dtype."""
+    if compute not in FUSED_DTYPES:
+        return ReferenceMeter(compute)
+    from mergefs.kernels.fused.deltas import FusedMeter
+
+    return FusedMeter(compute)
+
+
+def analyze_tensor(
+    base: Place, experts: tuple[Place, ...], compute: DType, catalog: Catalog, reader: SourceReader
+) -> None:
+    """Read one tensor of a family once and keep, at the next flush, what the catalog lacks.
+
+    That is hashes and squared norms of ``base``, and hashes, block statistics and histograms of ``experts`` against it.
+    Raises NonFiniteError naming the first tensor that holds a NaN or an infinity.
+    """
+    origin = _Base(base, compute, catalog, reader)
+    passes = [_Expert(place, origin, catalog) for place in experts]
+    for block in range(origin.grid.count):
+        origin.begin(block)
+        for one in passes:
+            one.take(block)
+    content = origin.keep()
+    for one in passes:
+        one.keep(content)
+
+
+def hash_tensor(place: Place, catalog: Catalog, reader: SourceReader) -> None:
+    """Read one tensor that has no deltas (integers, a model alone) and keep its hashes.
+
+    Raises NonFiniteError naming it when it holds a NaN or an infinity.
+    """
+    hashes = []
+    for start, stop in BlockGrid.of(place.shape):
+        raw = place.read(reader, start, stop, Purpose.ANALYSIS)
+        if place.dtype.is_float:
+            refuse_non_finite(place, raw, start)
+        hashes.append(_hash(raw))
+    _keep_content(place, hashes, catalog)
+
+
+class _Base:
+    """The base's tensor as it is gone through: its bytes where they are needed, and what is not known of it yet."""
+
+    def __init__(self, place: Place, compute: DType, catalog: Catalog, reader: SourceReader) -> None:
+        self.place = place
+        self.compute = compute
+        self.reader = reader
+        self.grid = BlockGrid.of(place.shape)
+        known = catalog.content(local_key(place))
+        self.content = None if known is None else known.digest
+        self.hashes: list[bytes] = [] if known is None else blocks.split_hashes(known)
+        self._catalog = catalog
+        self._norms: list[float] | None = None if blocks.known_norms(place, compute, catalog) is not None else []
+        self._block = -1
+        self._values: Raw | None = None
+        self._meter = meter(compute)
+
+    def begin(self, block: int) -> None:
+        """Go on to a block, and read it where something of it is not known."""
+        self._block, self._values = block, None
+        if self.content is not None and self._norms is None:
+            return
+        start, _ = self.grid.bounds(block)
+        raw = self._read(block)
+        if self.content is None:
+            refuse_non_finite(self.place, raw, start)
+            self.hashes.append(_hash(raw))
+        self._values = in_dtype(raw, self.place.dtype, self.compute)
+        if self._norms is not None:
+            # Against zeros, the measures are those of the base itself.
+            self._norms.append(self._meter.measure(self._values, np.zeros_like(self._values), start).squared_norm)
+
+    def values(self, block: int) -> Raw:
+        """Return the bytes of a block in the compute dtype."""
+        if block != self._block:
+            return in_dtype(self._read(block), self.place.dtype, self.compute)
+        if self._values is None:
+            self._values = in_dtype(self._read(block), self.place.dtype, self.compute)
+        return self._values
+
+    def keep(self) -> bytes:
+        """Keep what was not known, and return the content."""
+        if self.content is None:
+            self.content = _keep_content(self.place, self.hashes, self._catalog)
+        if self._norms is not None:
+            key = statistic_key("norms", self.compute, 0, (self.content,))
+            about = _about(self.place, self.content, self._catalog)
+            self._catalog.keep_norms(key, blocks.pack_norms(self._norms), about)
+        return self.content
+
+    def _read(self, block: int) -> Raw:
+        """Return the bytes of a block as they are stored."""
+        return self.place.read(self.reader, *self.grid.bounds(block), Purpose.ANALYSIS)
+
+
+class _Expert:
+    """An expert's tensor as it is gone through."""
+
+    def __init__(self, place: Place, base: _Base, catalog: Catalog) -> None:
+        self._place = place
+        self._base = base
+        self._catalog = catalog
+        self._meter = meter(base.compute)
+        known = catalog.content(local_key(place))
+        self._known = None if known is None else blocks.split_hashes(known)
+        self._hashes: list[bytes] = []
+        self._measures: list[BlockMeasures | None] = [None] * base.grid.count
+        self._unmeasured = 0  # elements in blocks that are the base's
+        self._first: int | None = None  # block that is not the base's
+        self._twin: list[bytes] | None = None
+
+    def take(self, block: int) -> None:
+        """Take all that is to be known of a block."""
+        raw: Raw | None = None
+        if self._known is None:
+            raw = self._read(block)
+            found = _hash(raw)
+        else:
+            found = self._known[block]
+        self._hashes.append(found)
+        if self._place.dtype == self._base.place.dtype and found == self._base.hashes[block]:
+            start, stop = self._base.grid.bounds(block)
+            self._unmeasured += stop - start
+            return
+        if self._first is None:
+            self._first = block
+            self._twin = self._find_twin(found)
+        if self._twin is not None:
+            if found == self._twin[block]:
+                return
+            self._part_from_twin(block)
+        self._measure(block, self._read(block) if raw is None else raw)
+
+    def keep(self, base: bytes) -> None:
+        """Keep what was not known; ``base`` is the base's content."""
+        content = _keep_content(self._place, self._hashes, self._catalog)
+        if content == base or self._twin is not None:
+            return
+        counts = self._meter.histogram()
+        counts[_BIN_OF_ZERO] += self._unmeasured
+        about = _about(self._place, content, self._catalog) + _about(self._base.place, base, self._catalog)
+        delta_key, histogram_key = (
+            statistic_key(kind, self._base.compute, 0, (content, base)) for kind in ("delta", "histogram")
+        )
+        self._catalog.keep_delta(delta_key, blocks.pack(blocks.BlockDeltas.of(self._measures)), about)
+        self._catalog.keep_histogram(histogram_key, histograms.pack(counts), about)
+        if self._first is not None:
+            key = self._twin_key(base, self._first, self._hashes[self._first])
+            self._catalog.keep_twin(key, TwinRecord(local_key(self._place)), about)
+
+    def _find_twin(self, found: bytes) -> list[bytes] | None:
+        """Return the hashes of a tensor whose statistics are known, and that may be this one."""
+        if self._base.content is None or self._first is None:
+            return None
+        twin = self._catalog.twin(self._twin_key(self._base.content, self._first, found))
+        content = None if twin is None else self._catalog.content(twin.local)
+        if content is None:
+            return None
+        both = (content.digest, self._base.content)
+        compute = self._base.compute
+        if (
+            self._catalog.delta(statistic_key("delta", compute, 0, both)) is None
+            or self._catalog.histogram(statistic_key("histogram", compute, 0, both)) is None
+        ):
+            return None
+        hashes = blocks.split_hashes(content)
+        return hashes if hashes[: self._first] == self._hashes[: self._first] else None
+
+    def _twin_key(self, base: bytes, block: int, found: bytes) -> bytes:
+        """Return the key of the last tensor that had a block with the hash ``found`` where it left the base."""
+        return digest("twin", self._place.dtype.name, base, block, found)
+
+    def _part_from_twin(self, block: int) -> None:
+        """Measure the blocks before this one after all."""
+        self._twin = None
+        for earlier in range(self._first or 0, block):
+            if self._hashes[earlier] != self._base.hashes[earlier]:
+                self._measure(earlier, self._read(earlier))
+
+    def _measure(self, block: int, raw: Raw) -> None:
+        """Measure a block whose stored bytes are ``raw``."""
+        values = in_dtype(raw, self._place.dtype, self._base.compute)
+        start, _ = self._base.grid.bounds(block)
+        measured = self._meter.measure(values, self._base.values(block), start)
+        if not np.isfinite(measured.largest):  # or it may have become so in the compute dtype
+            refuse_non_finite(self._place, raw, start)
+        self._measures[block] = measured
+
+    def _read(self, block: int) -> Raw:
+        """Return the bytes of a block as they are stored."""
+        return self._place.read(self._base.reader, *self._base.grid.bounds(block), Purpose.ANALYSIS)
+
+
+def in_dtype(raw: Raw, stored: DType, compute: DType) -> Raw:
+    """Return bytes of elements of ``stored`` as bytes of ``compute``."""
+    if stored == compute:
+        return raw
+    if stored in FUSED_DTYPES and compute in FUSED_DTYPES:
+        from mergefs.kernels.fused.conversion import convert
+
+        return convert(raw, stored, compute)
+    with np.errstate(all="ignore"):
+        return store(load(raw, stored, compute), compute, compute)
+
+
+def refuse_non_finite(place: Place, raw: Raw, start: int) -> None:
+    """Raise NonFiniteError where a block that begins at the flat index ``start`` holds a NaN or an infinity."""
+    if is_finite(raw, place.dtype):
+        return
+    values: Array = load(raw, place.dtype, place.dtype)
+    position = int(np.flatnonzero(~np.isfinite(values))[0])
+    raise NonFiniteError(
+        f"{place.describe()} holds {values[position]} at element {start + position}, and no merge of it can be right; "
+        "repair the checkpoint or leave the model out"
+    )
+
+
+def _hash(raw: Raw) -> bytes:
+    """Return the hash of the bytes of a block."""
+    return blake3(raw.data).digest()
+
+
+def _keep_content(place: Place, hashes: list[bytes], catalog: Catalog) -> bytes:
+    """Keep the hashes of a tensor's blocks, and return its content."""
+    content = content_digest(place.dtype, place.shape, hashes)
+    files = b"".join(map(local_key, place.stored()))
+    catalog.keep_content(local_key(place), ContentRecord(content, b"".join(hashes)), files)
+    return content
+
+
+def _about(place: Place, content: bytes, catalog: Catalog) -> bytes:
+    """Return what statistics of a place are about whose content has just been hashed and is not kept yet."""
+    return content if isinstance(place, StoredTensor) else sources_of(catalog, place)
