@@ -21,8 +21,8 @@ from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import block_sizes
 
 CHECK_BYTES: Final = 4
-MOST_CELLS: Final = 262_144
-"""Of one model; only where it has more blocks are there more."""
+MOST_CELLS: Final = 131_072
+"""Of one model, so that a plan weighs few of them; only where it has more blocks are there more."""
 
 _MOST_CELLS_OF_A_BLOCK: Final = 16
 _LONGEST_GROUP: Final = 512
