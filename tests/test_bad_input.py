@@ -598,9 +598,9 @@ VERIFICATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest of a newer format": (
         lambda directory: (directory / "mergefs.manifest.json").write_text(
-            (directory / "mergefs.manifest.json").read_text().replace('"format": 1', '"format": 2')
+            (directory / "mergefs.manifest.json").read_text().replace('"format": 2', '"format": 3')
         ),
-        r"mergefs.manifest.json: has format 2",
+        r"mergefs.manifest.json: has format 3",
     ),
 }
 

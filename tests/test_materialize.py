@@ -25,9 +25,10 @@ from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize.manifest import MANIFEST_NAME
-from mergefs.materialize.materialize import Materialized, materialize
-from mergefs.materialize.staging import staging, staging_path
-from mergefs.materialize.verify import verify, verify_deep
+from mergefs.materialize.materialize import Interrupted, Materialized, materialize
+from mergefs.materialize.recomputing import verify_deep
+from mergefs.materialize.staging import locked, staging_path
+from mergefs.materialize.verify import verify
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
 
@@ -44,11 +45,17 @@ def recipe(models: Family, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
 
 
-def write(recipe: Path, destination: Path, overwrite: bool = False, budget: str | None = None) -> Materialized:
+def write(
+    recipe: Path,
+    destination: Path,
+    overwrite: bool = False,
+    budget: str | None = None,
+    interrupted: Interrupted = Interrupted.REFUSE,
+) -> Materialized:
     resources = Workspace.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
     try:
         plan = make_plan(load_recipe(recipe), PlanOptions(budget), resources)
-        return materialize(plan, destination, resources, overwrite)
+        return materialize(plan, destination, resources, overwrite, interrupted=interrupted)
     finally:
         resources.close()
 
@@ -77,12 +84,12 @@ def test_the_files_are_those_of_the_merged_model_and_a_manifest_of_their_hashes(
     written = content_of(tmp_path / "out")
     manifest = json.loads(written.pop(MANIFEST_NAME))
     assert written == expected
-    assert manifest["files"] == {
-        name: {"size": len(content), "blake3": blake3(content).hexdigest()}
-        for name, content in sorted(expected.items())
+    assert {name: (entry["size"], entry["blake3"]) for name, entry in manifest["files"].items()} == {
+        name: (len(content), blake3(content).hexdigest()) for name, content in sorted(expected.items())
     }
     assert manifest["plan_id"] == result.plan_id
-    assert manifest["expert_bytes_read"] == manifest["expert_bytes_planned"] == result.totals.expert_bytes_read
+    assert manifest["manifest"] == result.manifest
+    assert manifest["read"]["expert_bytes"] == manifest["expert_bytes_planned"] == result.totals.expert_bytes_read
     assert result.files == len(written) + 1
     assert result.bytes_written == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert states() == ["committed"]
@@ -119,7 +126,7 @@ def test_an_empty_directory_becomes_the_model_and_nothing_is_left_beside_it(reci
 def test_what_was_written_verifies_against_its_sources(recipe: Path, tmp_path: Path) -> None:
     write(recipe, tmp_path / "out", budget="40%")
     resources = Workspace.create(Catalog(tmp_path / "another catalog"))
-    assert verify_deep(tmp_path / "out", resources).deep
+    assert verify_deep(tmp_path / "out", resources).recomputed_bytes == (tmp_path / "out" / WEIGHTS).stat().st_size
     resources.close()
 
 
@@ -187,10 +194,10 @@ def after(module, name):
     setattr(module, name, wrapped)
 
 {
-    "before writing": lambda: before(writer, "_write_all"),
-    "after writing": lambda: after(writer, "_write_all"),
+    "before writing": lambda: before(writer, "write_all"),
+    "after writing": lambda: after(writer, "write_all"),
     "before the commit": lambda: before(staging.Staging, "commit"),
-    "after the exchange": lambda: after(staging, "_exchange"),
+    "after the exchange": lambda: after(staging, "exchange"),
     "after the commit": lambda: after(staging.Staging, "commit"),
 }[point]()
 from mergefs.cli import main
@@ -199,17 +206,17 @@ sys.exit(main(sys.argv[3:]))
 
 
 @pytest.mark.parametrize(
-    ("point", "count", "complete"),
+    ("point", "count", "complete", "transactions"),
     [
-        ("before writing", 0, False),
-        ("after writing", 3, False),
-        ("before the commit", 0, False),
-        ("after the commit", 0, True),
+        ("before writing", 0, False, ["aborted", "committed"]),
+        ("after writing", 3, False, ["aborted", "committed"]),
+        ("before the commit", 0, False, ["committed"]),  # which is gone on with
+        ("after the commit", 0, True, ["committed", "committed"]),
     ],
 )
 @pytest.mark.parametrize("replacing", [False, True])
 def test_a_run_that_is_killed_leaves_the_old_state_or_the_new_one_and_the_next_run_cleans_up(
-    recipe: Path, tmp_path: Path, point: str, count: int, complete: bool, replacing: bool
+    recipe: Path, tmp_path: Path, point: str, count: int, complete: bool, transactions: list[str], replacing: bool
 ) -> None:
     out = tmp_path / "parent" / "out"
     if replacing:
@@ -233,10 +240,10 @@ def test_a_run_that_is_killed_leaves_the_old_state_or_the_new_one_and_the_next_r
     else:
         assert not out.exists()
 
-    write(recipe, out, overwrite=True)
+    write(recipe, out, overwrite=True, interrupted=Interrupted.RESUME)
     assert list(out.parent.iterdir()) == [out]
     assert expected.items() <= content_of(out).items()
-    assert states() == ["begun", *["committed"] * (1 + replacing)]
+    assert states() == [*transactions, *["committed"] * replacing]
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(
@@ -259,7 +266,7 @@ def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(materialize_module, "write_files", interrupt)
+    monkeypatch.setattr(materialize_module.ModelWriter, "write", interrupt)
     before = sorted(tmp_path.iterdir())
     assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
@@ -271,7 +278,7 @@ def test_a_signal_that_asks_to_end_leaves_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     handler = signal.getsignal(number)
-    monkeypatch.setattr(materialize_module, "write_files", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(materialize_module.ModelWriter, "write", lambda *_: os.kill(os.getpid(), number))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as ended:
         main(["materialize", str(recipe), str(tmp_path / "out")])
@@ -288,8 +295,9 @@ def test_a_second_process_is_refused_by_the_name_of_the_first_and_does_it_no_har
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    with staging(out) as stage:
-        (stage.path / "work").write_text("hours of it")
+    with locked(out) as stage:
+        stage.create()
+        (stage.model / "work").write_text("hours of it")
         result = subprocess.run(
             [sys.executable, "-m", "mergefs.cli", "materialize", str(recipe), str(out)],
             env=environment(tmp_path / "state"),
@@ -299,8 +307,9 @@ def test_a_second_process_is_refused_by_the_name_of_the_first_and_does_it_no_har
         )
         assert result.returncode == 1
         assert f"{out}: process {os.getpid()} is writing this model already; wait for it" in result.stderr
-        assert (stage.path / "work").read_text() == "hours of it"
+        assert (stage.model / "work").read_text() == "hours of it"
         stage.commit()
+        stage.remove()
     assert content_of(out) == {"work": b"hours of it"}
     assert not staging_path(out).exists()
 
@@ -328,9 +337,9 @@ def test_a_lock_that_was_removed_before_it_was_had_is_taken_anew(
 
     monkeypatch.setattr(fcntl, "flock", lock)
     with (
-        staging(tmp_path / "out"),
+        locked(tmp_path / "out"),
         pytest.raises(MaterializeError, match=f"process {os.getpid()}"),
-        staging(tmp_path / "out"),
+        locked(tmp_path / "out"),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -175,7 +175,11 @@ class ReadingRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TransactionRecord(msgspec.Struct, frozen=True, array_like=True):
-    """One run of ``materialize``: state is begun, committed or aborted."""
+    """One run of ``materialize``: state is begun, prepared, committed or aborted.
+
+    ``manifest`` is the hash of the manifest of what was written, ``content`` the identity of the model; both are empty
+    before it is prepared.
+    """
 
     transaction_id: str
     plan_id: str
@@ -184,3 +188,5 @@ class TransactionRecord(msgspec.Struct, frozen=True, array_like=True):
     state: str
     pid: int
     changed_ns: int
+    manifest: str = ""
+    content: str = ""

@@ -1,12 +1,18 @@
 """``mergefs materialize``."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, multi_arguments, plan_arguments
+from mergefs.cli.options import (
+    MERGEKIT_EPILOG,
+    PlanArguments,
+    multi_arguments,
+    plan_arguments,
+    verify_reads_option,
+)
 from mergefs.cli.settings import Settings, absolute
 
 if TYPE_CHECKING:
@@ -23,6 +29,9 @@ _CACHE_SIZE = 256 * 2**20
 @multi_arguments
 @click.option("--out-path", metavar="OUT", type=click.Path(path_type=Path), hidden=True)
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there, in one step.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted run has left, as far as hashes prove it.")
+@click.option("--fresh", is_flag=True, help="Throw away what an interrupted run has left.")
+@verify_reads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
 def command(
@@ -31,17 +40,24 @@ def command(
     arguments: PlanArguments,
     out_path: Path | None,
     overwrite: bool,
+    resume: bool,
+    fresh: bool,
+    verify_reads: bool,
     as_json: bool,
 ) -> None:
     """Write merged models to disk, each all or nothing.
 
     One RECIPE is written to OUT itself; several, or a directory of recipes, to a directory each below OUT. The bytes
-    are those that a mount of the same recipe shows.
+    are those that a mount of the same recipe shows. Models that have not been analysed are hashed first, so that the
+    result can be told by its hash on any machine; --no-verify-reads leaves that out.
     """
     from mergefs.cli.output import print_json
     from mergefs.mount.build import expand_recipes
     from mergefs.mount.models import unique_names
 
+    if resume and fresh:
+        raise click.UsageError("--resume goes on with what --fresh throws away; give one of them")
+    how = _How(overwrite, resume, fresh, verify_reads)
     recipes, out = (paths, out_path) if out_path is not None else (paths[:-1], paths[-1])
     if not recipes:
         raise click.UsageError(f"there is no OUT beside {paths[0]}; name the directory to write the model to")
@@ -49,32 +65,59 @@ def command(
     single = len(recipes) == 1 and not recipes[0].is_dir()
     destinations = [absolute(out) if single else absolute(out) / name for name in unique_names(files)]
     for recipe, destination in zip(files, destinations, strict=True):
-        plan, result = _materialize(settings, recipe, destination, arguments, overwrite)
+        plan, result = _materialize(settings, recipe, destination, arguments, how)
         if as_json:
             print_json({**asdict(result), **asdict(result.totals), "directory": str(result.directory)})
         elif not settings.quiet:
             _print(plan, result)
 
 
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What the command line says of the writing itself."""
+
+    overwrite: bool
+    resume: bool
+    fresh: bool
+    verify_reads: bool
+
+
 def _materialize(
-    settings: Settings, recipe: Path, destination: Path, arguments: PlanArguments, overwrite: bool
+    settings: Settings, recipe: Path, destination: Path, arguments: PlanArguments, how: _How
 ) -> tuple["MergePlan", "Materialized"]:
     """Write one model."""
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
     from mergefs.engine.workspace import Workspace
-    from mergefs.materialize.materialize import materialize
+    from mergefs.materialize.materialize import Interrupted, materialize
     from mergefs.planner.build import make_plan
     from mergefs.recipe.model import load_recipe
 
-    workspace = Workspace.create(Catalog(settings.catalog or default_location()), _CACHE_SIZE)
+    catalog = Catalog(settings.catalog or default_location())
+    workspace = Workspace.create(catalog, _CACHE_SIZE, how.verify_reads)
+    interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:
-            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener)
-            return plan, materialize(plan, destination, workspace, overwrite, listener)
+            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener, identified=how.verify_reads)
+            return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted)
+    except BaseException:
+        _tell_of_unfinished(destination)
+        raise
     finally:
         workspace.close()
+
+
+def _tell_of_unfinished(destination: Path) -> None:
+    """Say what is kept of a run that was interrupted."""
+    from mergefs.cli.output import print_note
+    from mergefs.materialize.staging import Staging, staging_path
+    from mergefs.materialize.transaction import describe, unfinished
+
+    stage = Staging(staging_path(destination), destination)
+    journal = unfinished(stage)
+    if journal is not None:
+        print_note(f"{describe(journal)} of {destination} is kept in {stage.path}; go on with --resume, or use --fresh")
 
 
 def _print(plan: "MergePlan", result: "Materialized") -> None:
@@ -82,11 +125,16 @@ def _print(plan: "MergePlan", result: "Materialized") -> None:
     from mergefs.cli.output import print_pairs
     from mergefs.units import format_size
 
+    if result.already_there:
+        click.echo(f"{result.directory}: is complete already, and as it was written: manifest {result.manifest}")
+        return
+    reused = f", {format_size(result.reused_bytes)} of it from an interrupted run" if result.reused_bytes else ""
     print_pairs(
         {
             "wrote": str(result.directory),
             "plan": result.plan_id,
-            "size": f"{format_size(result.bytes_written)} in {result.files} files, {result.seconds:.1f} s",
+            "manifest": result.manifest,
+            "size": f"{format_size(result.bytes_written)} in {result.files} files, {result.seconds:.1f} s{reused}",
             "experts read": f"{format_size(result.totals.expert_bytes_read)} of "
             f"{format_size(plan.outcome.expert_bytes_total)}",
             "base read": format_size(result.totals.base_bytes_read),

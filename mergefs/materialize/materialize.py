@@ -2,122 +2,263 @@
 
 import os
 import time
-import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Final
+
+from blake3 import blake3
 
 from mergefs import __version__
-from mergefs.catalog.catalog import Catalog
-from mergefs.catalog.records import TransactionRecord
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.readings import keep_reading
 from mergefs.engine.resources import Resources
-from mergefs.errors import MaterializeError
-from mergefs.materialize.manifest import MANIFEST_NAME, Manifest
-from mergefs.materialize.staging import Staging, staging
-from mergefs.materialize.writer import write_file, write_files
+from mergefs.errors import MaterializeError, NonFiniteError, PlanError
+from mergefs.materialize.journal import Journal, Prepared, Read, Recorded, Work
+from mergefs.materialize.manifest import MANIFEST_NAME, BytesRead, Manifest, read_manifest
+from mergefs.materialize.staging import Staging, cannot_create, locked
+from mergefs.materialize.transaction import Transaction, abandon, is_committed, refuse_unfinished, settle, unfinished
+from mergefs.materialize.verify import verify
+from mergefs.materialize.writer import ModelWriter, Written, write_file
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
+from mergefs.statistics.identity import KEY_BYTES, content_identity
 from mergefs.units import format_size
 
-_MARGIN = 16 * 2**20
-"""Room for directory entries and the manifest, beside the files themselves."""
+_MARGIN: Final = 16 * 2**20
+"""Room for directory entries, the journal and the manifest, beside the files themselves."""
+
+
+class Interrupted(Enum):
+    """What is done with the work of a run that was interrupted."""
+
+    REFUSE = "refuse"
+    RESUME = "resume"
+    DISCARD = "discard"
 
 
 @dataclass(frozen=True, slots=True)
 class Materialized:
-    """What was written, and what it cost."""
+    """What was written, and what it cost.
+
+    ``reused_bytes`` were there from an interrupted run, as their hashes prove. With ``already_there`` the destination
+    was this very model, complete and verified, and nothing was written.
+    """
 
     directory: Path
     plan_id: str
+    manifest: str
     files: int
     bytes_written: int
+    reused_bytes: int
     totals: LedgerTotals
     seconds: float
+    already_there: bool = False
 
 
 def materialize(
-    plan: MergePlan, destination: Path, resources: Resources, overwrite: bool = False, progress: Progress | None = None
+    plan: MergePlan,
+    destination: Path,
+    resources: Resources,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    interrupted: Interrupted = Interrupted.REFUSE,
 ) -> Materialized:
     """Write the model of ``plan`` to ``destination``, which appears complete or not at all.
 
     Raises MaterializeError when the destination is in the way or the disk fails, NonFiniteError and SourceChangedError
-    for what the sources do; the destination is then as it was.
+    for what the sources do; the destination is then as it was, and what is finished is kept for a run that resumes.
     """
     started = time.monotonic()
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 (Path.absolute keeps "..")
-    _check_destination(
-        destination,
-        overwrite,
-        [source.path for source in plan.sources],
-        (Path(plan.recipe.origin), resources.catalog.path),
-    )
+    kept = (Path(plan.recipe.origin), resources.catalog.path)
+    _check_place(destination, [source.path for source in plan.sources], kept)
+    _check_contents(destination, overwrite or interrupted is Interrupted.RESUME)
     files = ModelFiles(plan, resources, strict=True)
-    total = sum(files.sizes.values())
-    for name in files.sizes:
-        files.check(name)
-    before = resources.ledger.totals()
-    with staging(destination) as stage:
-        _check_space(destination, total)
-        transaction = _Transaction(resources.catalog, plan, stage)
+    _check_sources(files)
+    with locked(destination) as stage:
+        journal = settle(resources.catalog, stage)
+        if journal is not None and interrupted is Interrupted.DISCARD:
+            abandon(resources.catalog, stage, journal)
+            journal = None
+        if journal is None and interrupted is Interrupted.RESUME and not overwrite and _holds(destination, plan):
+            return _already_there(destination, plan, resources, started, progress)
+        _check_contents(destination, overwrite)
+        if journal is not None and not (interrupted is Interrupted.RESUME and journal.work.plan_id == plan.plan_id):
+            raise refuse_unfinished(stage, journal, plan.plan_id)
+        run = _Run(plan, files, resources, stage, progress or Silence(), journal)
+        manifest, written = run.write()
+    return Materialized(
+        directory=destination,
+        plan_id=plan.plan_id,
+        manifest=manifest.manifest,
+        files=len(written.files) + 1,
+        bytes_written=sum(files.sizes.values()) + len(manifest.encode()),
+        reused_bytes=written.reused_bytes,
+        totals=resources.ledger.totals(),
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Run:
+    """One run of the work, from the first byte to the commit, behind what ``journal`` tells of."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        files: ModelFiles,
+        resources: Resources,
+        stage: Staging,
+        progress: Progress,
+        journal: Recorded | None,
+    ) -> None:
+        self._plan = plan
+        self._files = files
+        self._resources = resources
+        self._stage = stage
+        self._progress = progress
+        self._total = sum(files.sizes.values())
+        work = _layout(plan)
+        # Pieces of another version, or of files that were cut otherwise, are of no use.
+        same = journal is not None and (journal.work.mergefs_version, journal.work.layout) == (__version__, work)
+        self._recorded = journal if same else None
+        self._before = resources.ledger.totals()
+        if journal is not None and not same:
+            abandon(resources.catalog, stage, journal)
+        _check_space(stage.destination, self._total - (stage.allocated_bytes() if same else 0))
+        resumed = None if self._recorded is None else self._recorded.work.transaction_id
+        self._transaction = Transaction.begin(resources.catalog, stage, plan.plan_id, resumed)
+        self._work = Work(self._transaction.record.transaction_id, plan.plan_id, __version__, work, self._total)
+
+    def write(self) -> tuple[Manifest, Written]:
+        """Write and commit the model. After an error the work is kept where another run can go on with it."""
         try:
-            (progress or Silence()).start("writing", total)
-            entries = write_files(files, stage.path, progress or Silence())
-            totals = resources.ledger.totals()
-            read = totals.expert_bytes_read - before.expert_bytes_read
-            manifest = Manifest.create(
-                plan.plan_id, entries, plan.outcome.expert_bytes_planned, read, __version__
-            ).encode()
-            write_file(stage.path / MANIFEST_NAME, iter([manifest]), Silence())
-            stage.commit()
-            (progress or Silence()).finish()
-        except BaseException:
-            transaction.set_state("aborted")
+            journal = self._open_journal()
+            try:
+                manifest, written = self._prepare(journal)
+            finally:
+                journal.close()
+            self._stage.commit()
+        except BaseException as error:
+            if is_committed(self._transaction.record, self._stage):  # interrupted right behind the rename
+                self._transaction.moved_to("committed")
+                raise
+            self._transaction.moved_to("aborted")
+            if isinstance(error, NonFiniteError | PlanError) or unfinished(self._stage) is None:
+                with suppress(OSError):
+                    self._stage.remove()  # of no use to anybody
             raise
         finally:
-            keep_reading(files.engine, "materialize", resources.catalog)
-        transaction.set_state("committed")
-    written = total + len(manifest)
-    return Materialized(destination, plan.plan_id, len(entries) + 1, written, totals, time.monotonic() - started)
+            keep_reading(self._files.engine, "materialize", self._resources.catalog)
+        self._transaction.moved_to("committed")
+        self._progress.finish()
+        with suppress(OSError):  # what was replaced; the next run tries again
+            self._stage.remove()
+        return manifest, written
 
+    def _open_journal(self) -> Journal:
+        """Return the journal that this run writes to."""
+        try:
+            if self._recorded is not None:
+                self._stage.model.mkdir(parents=True, exist_ok=True)
+                return Journal.go_on(self._stage.journal, self._recorded)
+            self._stage.create()
+            return Journal.begin(self._stage.journal, self._work)
+        except OSError as error:
+            raise cannot_create(self._stage.path, error) from error
 
-class _Transaction:
-    """The record of one run in the catalog."""
+    def _prepare(self, journal: Journal) -> tuple[Manifest, Written]:
+        """Bring everything to disk, so that only the rename is left."""
+        self._progress.start("writing", self._total)
+        proven = {} if self._recorded is None else self._recorded.pieces
+        writer = ModelWriter(self._files, self._stage.model, journal, proven, self._progress, self._spent)
+        written = writer.write()
+        _check_sources(self._files)  # what was written to meanwhile may have been read before and after
+        content = content_identity(
+            [
+                (name, entry.dtype, entry.shape, bytes.fromhex(entry.blake3)[:KEY_BYTES])
+                for name, entry in written.tensors.items()
+            ]
+        )
+        planned = self._plan.outcome.expert_bytes_planned
+        read = self._read_by_all_runs()
+        manifest = Manifest.create(
+            self._plan.plan_id, content, __version__, planned, read, written.files, written.tensors
+        )
+        write_file(self._stage.model / MANIFEST_NAME, manifest.encode())
+        try:
+            journal.append([Prepared(manifest.manifest)])
+        except OSError as error:
+            raise cannot_create(self._stage.journal, error) from error
+        self._transaction = self._transaction.moved_to("prepared", manifest.manifest, content)
+        return manifest, written
 
-    def __init__(self, catalog: Catalog, plan: MergePlan, stage: Staging) -> None:
-        self._catalog = catalog
-        self._plan = plan
-        self._stage = stage
-        self._id = uuid.uuid4().hex
-        self.set_state("begun")
-
-    def set_state(self, state: str) -> None:
-        """Write down that the run has come to ``state``."""
-        self._catalog.keep_transaction(
-            TransactionRecord(
-                transaction_id=self._id,
-                plan_id=self._plan.plan_id,
-                destination=str(self._stage.destination),
-                staging=str(self._stage.path),
-                state=state,
-                pid=os.getpid(),
-                changed_ns=time.time_ns(),
-            )
+    def _spent(self) -> Read:
+        """Return what this run has read so far."""
+        now = self._resources.ledger.totals()
+        number = 0 if self._recorded is None else max(self._recorded.read, default=-1) + 1
+        return Read(
+            number,
+            now.expert_bytes_read - self._before.expert_bytes_read,
+            now.base_bytes_read - self._before.base_bytes_read,
         )
 
+    def _read_by_all_runs(self) -> BytesRead:
+        """Return what all runs have read until they last wrote it down."""
+        runs = [self._spent(), *(() if self._recorded is None else self._recorded.read.values())]
+        return BytesRead(sum(run.expert_bytes for run in runs), sum(run.base_bytes for run in runs))
 
-def _check_destination(destination: Path, overwrite: bool, sources: Sequence[Path], kept: Sequence[Path]) -> None:
-    """Refuse a destination that is in use, or that is tangled with a source, or that ``kept`` files lie in."""
-    try:
-        _check_place(destination, sources, kept)
-        _check_contents(destination, overwrite)
-    except OSError as error:
-        raise MaterializeError(f"{destination}: cannot be used ({error.strerror}); choose another place") from None
+
+def _layout(plan: MergePlan) -> str:
+    """Return a hash of how the weight files of a plan are laid out."""
+    hasher = blake3()
+    for file in plan.files:
+        hasher.update(f"{file.name} {file.size}\n".encode())
+        hasher.update(file.header)
+    return hasher.hexdigest()
+
+
+def _holds(destination: Path, plan: MergePlan) -> bool:
+    """Return whether the destination is a model of this plan."""
+    return (destination / MANIFEST_NAME).is_file() and read_manifest(destination).plan_id == plan.plan_id
+
+
+def _already_there(
+    destination: Path, plan: MergePlan, resources: Resources, started: float, progress: Progress | None
+) -> Materialized:
+    """Return what is said of a model that an interrupted run has finished after all. Raises VerificationError."""
+    found = verify(destination, progress)
+    return Materialized(
+        directory=destination,
+        plan_id=plan.plan_id,
+        manifest=read_manifest(destination).manifest,
+        files=found.files + 1,
+        bytes_written=0,
+        reused_bytes=found.bytes_checked,
+        totals=resources.ledger.totals(),
+        seconds=time.monotonic() - started,
+        already_there=True,
+    )
+
+
+def _check_sources(files: ModelFiles) -> None:
+    """Raise SourceChangedError when a source is no longer what the plan was made from."""
+    for name in files.sizes:
+        files.check(name)
 
 
 def _check_place(destination: Path, sources: Sequence[Path], kept: Sequence[Path]) -> None:
+    """Refuse a destination that is tangled with a source, or that ``kept`` files lie in."""
+    try:
+        _refuse_tangled(destination, sources, kept)
+    except OSError as error:
+        raise _unusable(destination, error) from None
+
+
+def _refuse_tangled(destination: Path, sources: Sequence[Path], kept: Sequence[Path]) -> None:
     resolved = destination.resolve()
     for source in sources:
         if resolved == source or source.is_relative_to(resolved) or resolved.is_relative_to(source):
@@ -134,8 +275,12 @@ def _check_place(destination: Path, sources: Sequence[Path], kept: Sequence[Path
 
 
 def _check_contents(destination: Path, overwrite: bool) -> None:
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
+    """Refuse a destination that has something in it, unless that is a model that may be replaced."""
+    try:
+        if not destination.is_dir() or not any(destination.iterdir()):
+            return
+    except OSError as error:
+        raise _unusable(destination, error) from None
     if not overwrite:
         raise MaterializeError(
             f"{destination}: exists and is not empty; choose another place, or replace it with --overwrite"
@@ -145,6 +290,11 @@ def _check_contents(destination: Path, overwrite: bool) -> None:
             f"{destination}: is no model (it has neither {MANIFEST_NAME} nor config.json), and --overwrite replaces "
             "models only; choose another place, or empty the directory yourself"
         )
+
+
+def _unusable(destination: Path, error: OSError) -> MaterializeError:
+    """Return the error for a destination that cannot be looked at."""
+    return MaterializeError(f"{destination}: cannot be used ({error.strerror}); choose another place")
 
 
 def _check_space(destination: Path, total: int) -> None:

@@ -1,12 +1,10 @@
 """The directory that a model is written into before it appears: beside its destination, under a lock.
 
 At every instant the destination is absent, what it was before, or the complete new model: everything is written and
-synced in the staging directory, which one rename (or an exchange with what is replaced) then makes the destination. The
+synced in the staging directory, where one rename (or an exchange with what is replaced) then takes the model from. The
 lock is a file of its own beside both, and held until the last of it is done.
 """
 
-import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -14,38 +12,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from mergefs.errors import MaterializeError
-
-_AT_FDCWD: Final = -100
-_RENAME_EXCHANGE: Final = 2
+from mergefs.materialize.system import exchange, sync_directory
 
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """A staging directory that this process holds the lock of."""
+    """Where the model for ``destination`` is staged, by who holds the lock.
+
+    ``path`` has the model and the journal of the work in it. It need not exist.
+    """
 
     path: Path
     destination: Path
 
+    @property
+    def model(self) -> Path:
+        """The directory that becomes the destination."""
+        return self.path / "model"
+
+    @property
+    def journal(self) -> Path:
+        """The journal of the work."""
+        return self.path / "journal"
+
+    def create(self) -> None:
+        """Make the directories, durably. Raises MaterializeError."""
+        try:
+            self.model.mkdir(parents=True)
+            sync_directory(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise cannot_create(self.path, error) from error
+
     def commit(self) -> None:
-        """Make the staging directory the destination, durably; what it replaces is then in the staging directory."""
-        for directory in sorted((d for d in self.path.rglob("*") if d.is_dir()), reverse=True):
+        """Make the staged model the destination, durably; what it replaces is then in its place here."""
+        for directory in sorted((d for d in self.model.rglob("*") if d.is_dir()), reverse=True):
             sync_directory(directory)
+        sync_directory(self.model)
         sync_directory(self.path)
         replaces = self.destination.is_dir() and any(self.destination.iterdir())
         try:
             if replaces:
-                _exchange(self.path, self.destination)
+                exchange(self.model, self.destination)
             else:
-                self.path.rename(self.destination)
+                self.model.rename(self.destination)
         except OSError as error:
             raise MaterializeError(
                 f"{self.destination}: the finished model could not be put there ({error.strerror}); "
-                "make the directory above it writable and run again"
+                "make the directory above it writable and run again with --resume"
             ) from error
         sync_directory(self.destination.parent)
+        sync_directory(self.path)
+
+    def remove(self) -> None:
+        """Remove all that is staged, the journal last: while there is one, what is left tells what it is."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in self.path.iterdir():
+                if entry != self.journal:
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            self.journal.unlink(missing_ok=True)
+            self.path.rmdir()
+
+    def allocated_bytes(self) -> int:
+        """Return what the staged model takes on the disk already."""
+        files = (path.lstat() for path in self.model.rglob("*") if path.is_file())
+        return sum(status.st_blocks * 512 for status in files)
 
 
 def staging_path(destination: Path) -> Path:
@@ -53,36 +86,33 @@ def staging_path(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.mergefs-staging"
 
 
-@contextmanager
-def staging(destination: Path) -> Iterator[Staging]:
-    """Lend the staging directory for ``destination``; it is gone afterwards, unless it was committed.
+def lock_path(destination: Path) -> Path:
+    """Return the file that whoever writes to ``destination`` has locked; it holds the process's id."""
+    return destination.parent / f".{destination.name}.mergefs-lock"
 
-    What an interrupted run left there is removed first. Raises MaterializeError while another process is at work.
+
+@contextmanager
+def locked(destination: Path) -> Iterator[Staging]:
+    """Lend the staging place of ``destination`` to this process alone.
+
+    Directories above it are made, and removed again if they stay empty. Raises MaterializeError while another process
+    is at work.
     """
-    path = staging_path(destination)
-    lock_path = destination.parent / f".{destination.name}.mergefs-lock"
+    path = lock_path(destination)
     made = _missing_parents(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(lock_path, destination)
+        lock = _lock(path, destination)
     except OSError as error:
-        raise _cannot_create(path, error) from error
+        raise cannot_create(staging_path(destination), error) from error
     try:
-        try:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir()
-        except OSError as error:
-            raise _cannot_create(path, error) from error
-        yield Staging(path, destination)
+        yield Staging(staging_path(destination), destination)
     finally:
-        # What an error has left is of no use to anybody, and after a commit this is what was replaced.
-        shutil.rmtree(path, ignore_errors=True)
-        lock_path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         os.close(lock)
         for parent in made:
             with suppress(OSError):
-                parent.rmdir()  # unless the model is in it now
+                parent.rmdir()  # unless something is in it now
 
 
 def _missing_parents(destination: Path) -> list[Path]:
@@ -90,20 +120,11 @@ def _missing_parents(destination: Path) -> list[Path]:
     return [parent for parent in destination.parents if not parent.exists()]
 
 
-def _cannot_create(path: Path, error: OSError) -> MaterializeError:
-    """Return the error for a staging directory that cannot be made."""
+def cannot_create(path: Path, error: OSError) -> MaterializeError:
+    """Return the error for something that cannot be made beside the destination."""
     return MaterializeError(
         f"{path}: cannot be created ({error.strerror}); make its parent writable, or choose another place"
     )
-
-
-def sync_directory(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(path: Path, destination: Path) -> int:
@@ -117,10 +138,10 @@ def _lock(path: Path, destination: Path) -> int:
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "another process"
+            name = _name_of_holder(descriptor)
             os.close(descriptor)
             raise MaterializeError(
-                f"{destination}: process {holder} is writing this model already; wait for it, or stop it"
+                f"{destination}: process {name} is writing this model already; wait for it, or stop it"
             ) from error
         except BaseException:
             os.close(descriptor)
@@ -128,11 +149,6 @@ def _lock(path: Path, destination: Path) -> int:
         os.close(descriptor)  # who had it has just removed it
 
 
-def _exchange(first: Path, second: Path) -> None:
-    """Swap two directories in one step (renameat2 with RENAME_EXCHANGE). Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        raise OSError(errno.ENOSYS, "this system cannot exchange directories in one step")
-    if libc.renameat2(_AT_FDCWD, bytes(first), _AT_FDCWD, bytes(second), _RENAME_EXCHANGE) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+def _name_of_holder(descriptor: int) -> str:
+    """Return what whoever holds the lock has written down."""
+    return os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "another process"

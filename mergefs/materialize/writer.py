@@ -1,68 +1,312 @@
-"""Writes the files of a merged model into a staging directory: whole, hashed, and synced to disk."""
+"""Writes the files of a merged model into a staging directory: whole, hashed, and synced to disk.
+
+Weight files are computed and written in chunks of whole pieces. What the journal of an earlier run tells of is read
+back and used if its hashes agree; everything else is computed.
+"""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from blake3 import blake3
 
-from mergefs.engine.ahead import in_order
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
-from mergefs.materialize.manifest import FileEntry
+from mergefs.materialize.journal import Journal, Piece, Read
+from mergefs.materialize.manifest import PIECE, FileEntry, TensorEntry
+from mergefs.materialize.system import read_all, sync, write_all
+from mergefs.planner.plan import OutputFile
 from mergefs.progress import Progress
 
-_CHUNK: Final = 8 * 2**20
+_CHUNK: Final = 8 * PIECE
 _AHEAD: Final = 4
 """Chunks that are computed while earlier ones are written."""
+_SYNC_BYTES: Final = 64 * 2**20
+"""What a loss of power may cost: after so many bytes a file is synced, and what is then on disk written down."""
+
+_Result = TypeVar("_Result")
 
 
-def write_files(files: ModelFiles, directory: Path, progress: Progress) -> dict[str, FileEntry]:
-    """Write every file of the model into ``directory`` and return sizes and hashes.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: hashes by name, and the bytes that were found to be there from an earlier run."""
 
-    Raises MaterializeError when the disk fails, and the errors of the engine.
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    reused_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A run of whole pieces of a file; ``kept`` says that it lies in the file already."""
+
+    offset: int
+    data: bytes
+    pieces: tuple[str, ...]
+    kept: bool
+
+
+class ModelWriter:
+    """Writes one model into ``directory``.
+
+    ``proven`` are the pieces that a journal tells of, by file and number; ``spent`` says what this run has read so far.
     """
-    entries: dict[str, FileEntry] = {}
-    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="merge") as pool:
-        for name, size in files.sizes.items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            entries[name] = write_file(path, _chunks(files, name, size, pool), progress)
-    return entries
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        directory: Path,
+        journal: Journal,
+        proven: Mapping[str, Mapping[int, str]],
+        progress: Progress,
+        spent: Callable[[], Read],
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._journal = journal
+        self._proven = proven
+        self._progress = progress
+        self._spent = spent
+
+    def write(self) -> Written:
+        """Write every file, and remove what else lies in the directory.
+
+        Raises MaterializeError when the disk fails, and the errors of the engine.
+        """
+        entries: dict[str, FileEntry] = {}
+        tensors: dict[str, TensorEntry] = {}
+        reused = 0
+        self._clear()
+        weights = {file.name: file for file in self._files.plan.files}
+        workers = max(2, os.cpu_count() or 2)
+        with (
+            ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="sync") as syncing,
+        ):
+            for name, size in self._files.sizes.items():
+                path = self._directory / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if name in weights:
+                    entries[name], kept = self._write_weights(path, weights[name], pool, syncing, tensors)
+                    reused += kept
+                else:
+                    entries[name] = write_file(path, self._files.read(name, 0, size))
+                    self._progress.advance(size)
+        return Written(entries, tensors, reused)
+
+    def _clear(self) -> None:
+        """Remove what is not to be used again: all but weight files that the journal tells of."""
+        for path in sorted(self._directory.rglob("*"), reverse=True):
+            name = path.relative_to(self._directory).as_posix()
+            try:
+                if stat.S_ISDIR(path.lstat().st_mode):
+                    with suppress(OSError):
+                        path.rmdir()  # unless there are files in it that stay
+                elif name not in self._proven or not path.is_file() or path.is_symlink():
+                    path.unlink()
+            except OSError as error:
+                raise _failed(path, 0, error) from error
+
+    def _write_weights(
+        self,
+        path: Path,
+        file: OutputFile,
+        pool: ThreadPoolExecutor,
+        syncing: ThreadPoolExecutor,
+        tensors: dict[str, TensorEntry],
+    ) -> tuple[FileEntry, int]:
+        """Write one weight file, add its ``tensors``, and return its entry and the bytes that were used again."""
+        whole, parts = blake3(), _TensorHashes(self._files, file)
+        pieces: list[str] = []
+        reused = done = 0
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                if os.fstat(descriptor).st_size > file.size:
+                    os.ftruncate(descriptor, file.size)
+                with _Durable(descriptor, file.name, self._journal, syncing, self._spent) as durable:
+                    for chunk in self._chunks(descriptor, file, pool):
+                        if chunk.kept:
+                            reused += len(chunk.data)
+                        else:
+                            write_all(descriptor, chunk.data, chunk.offset)
+                            durable.add(chunk)
+                        whole.update(chunk.data)
+                        parts.update(chunk.offset, chunk.data)
+                        pieces += chunk.pieces
+                        done += len(chunk.data)
+                        self._progress.advance(len(chunk.data))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _failed(path, done, error) from error
+        tensors |= parts.entries()
+        return FileEntry(file.size, whole.hexdigest(), tuple(pieces)), reused
+
+    def _chunks(self, descriptor: int, file: OutputFile, pool: ThreadPoolExecutor) -> Iterator[_Chunk]:
+        """Yield a file in order, computing a few chunks ahead."""
+        proven = self._proven.get(file.name, {})
+
+        def obtain(offset: int) -> _Chunk:
+            size = min(_CHUNK, file.size - offset)
+            first = offset // PIECE
+            told = [proven.get(index) for index in range(first, first + -(-size // PIECE))]
+            if None not in told:
+                data = read_all(descriptor, size, offset)
+                pieces = hash_pieces(data)
+                if len(data) == size and list(pieces) == told:
+                    return _Chunk(offset, data, pieces, kept=True)
+            data = self._files.read(file.name, offset, size)
+            return _Chunk(offset, data, hash_pieces(data), kept=False)
+
+        return ahead(pool, obtain, range(0, file.size, _CHUNK))
 
 
-def write_file(path: Path, chunks: Iterator[bytes], progress: Progress) -> FileEntry:
-    """Write one new file from ``chunks``, sync it, and return its size and hash. Permissions follow the umask."""
-    hasher = blake3()
-    size = 0
+class _Durable:
+    """Syncs a file every so often, in another thread, and writes down in the journal which pieces are on disk then.
+
+    At the end of a ``with`` block, also of one that failed, what was written until then is made durable, too: an
+    interruption or a full disk then costs nothing of it.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        journal: Journal,
+        syncing: ThreadPoolExecutor,
+        spent: Callable[[], Read],
+    ) -> None:
+        self._descriptor = descriptor
+        self._name = name
+        self._journal = journal
+        self._syncing = syncing
+        self._spent = spent
+        self._pieces: list[Piece] = []
+        self._bytes = 0
+        self._running: Future[None] | None = None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Take over the pieces of a chunk that has been written. Raises OSError of earlier syncs."""
+        first = chunk.offset // PIECE
+        self._pieces += [Piece(self._name, first + index, digest) for index, digest in enumerate(chunk.pieces)]
+        self._bytes += len(chunk.data)
+        if self._bytes >= _SYNC_BYTES:
+            self._wait()
+            self._running = self._syncing.submit(self._sync, tuple(self._pieces))
+            self._pieces, self._bytes = [], 0
+
+    def __enter__(self) -> "_Durable":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._wait()
+            self._sync(tuple(self._pieces))
+            return
+        with suppress(OSError):  # there is an error already
+            self._wait()
+            self._sync(tuple(self._pieces))
+
+    def _wait(self) -> None:
+        """Wait for the sync that is under way."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def _sync(self, pieces: tuple[Piece, ...]) -> None:
+        """Sync, and then write down what that has made durable."""
+        sync(self._descriptor)
+        if pieces:
+            self._journal.append([*pieces, self._spent()])
+
+
+@dataclass(slots=True)
+class _TensorHashes:
+    """Hashes the tensors of one weight file, which comes in order."""
+
+    files: ModelFiles
+    file: OutputFile
+    _current: int = 0
+    _hasher: blake3 = field(default_factory=blake3)
+    _digests: list[str] = field(default_factory=list)
+
+    def update(self, offset: int, data: bytes) -> None:
+        """Take the next bytes of the file, which lie at ``offset``."""
+        view = memoryview(data)
+        while self._current < len(self.file.tensors):
+            begin = self.file.offsets[self._current]
+            end = begin + self._size(self._current)
+            if begin >= offset + len(data) and end > begin:
+                return
+            self._hasher.update(view[max(begin - offset, 0) : max(end - offset, 0)])
+            if end > offset + len(data):
+                return
+            self._digests.append(self._hasher.hexdigest())
+            self._hasher = blake3()
+            self._current += 1
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """Return the entry of every tensor, once the whole file has been seen."""
+        plans = self.files.plan.tensors
+        return {
+            name: TensorEntry(self.file.name, offset, self._size(index), plans[name].dtype.name, plans[name].shape, one)
+            for index, (name, offset, one) in enumerate(
+                zip(self.file.tensors, self.file.offsets, self._digests, strict=True)
+            )
+        }
+
+    def _size(self, index: int) -> int:
+        return self.files.plan.tensors[self.file.tensors[index]].nbytes
+
+
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Write one new file, sync it, and return its size and hash. Permissions follow the umask.
+
+    Raises MaterializeError.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            for chunk in chunks:
-                _write_all(descriptor, chunk)
-                hasher.update(chunk)
-                size += len(chunk)
-                progress.advance(len(chunk))
-            os.fsync(descriptor)
+            write_all(descriptor, data)
+            sync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise MaterializeError(
-            f"{path}: writing failed after {size} bytes ({error.strerror}); free space or choose another place, and "
-            "run again: the destination is as it was"
-        ) from error
-    return FileEntry(size, hasher.hexdigest())
+        raise _failed(path, 0, error) from error
+    return FileEntry(len(data), blake3(data).hexdigest())
 
 
-def _chunks(files: ModelFiles, name: str, size: int, pool: ThreadPoolExecutor) -> Iterator[bytes]:
-    """Yield a file in order, computing a few chunks ahead."""
-    return in_order(pool, lambda offset: files.read(name, offset, _CHUNK), range(0, size, _CHUNK), _AHEAD)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    """Write all of ``data``: the system may take less at once."""
+def hash_pieces(data: bytes) -> tuple[str, ...]:
+    """Return the hash in hex of each piece of ``data``, which begins where a piece begins."""
     view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    return tuple(blake3(view[begin : begin + PIECE]).hexdigest() for begin in range(0, len(data), PIECE))
+
+
+def ahead(pool: ThreadPoolExecutor, obtain: Callable[[int], _Result], offsets: Sequence[int]) -> Iterator[_Result]:
+    """Yield ``obtain(offset)`` for every offset in order, a few of them computed ahead of who takes them."""
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for offset in offsets:
+            waiting.append(pool.submit(obtain, offset))
+            if len(waiting) >= _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _failed(path: Path, done: int, error: OSError) -> MaterializeError:
+    """Return the error for a disk that takes no more."""
+    return MaterializeError(
+        f"{path}: writing failed after {done} bytes ({error.strerror}); free space or repair the disk, and run again "
+        "with --resume, or choose another place: the destination is as it was"
+    )

@@ -47,6 +47,7 @@ def with_adapter(model: InputModel, adapter: Adapter, role: Role, catalog: Catal
         sources=(*model.sources, adapter),
         identity=_identity(model, checkpoint_identity(adapter, catalog), tensors, fit),
         merged=model.merged,
+        made_by=model.made_by,
     )
 
 

@@ -33,6 +33,8 @@ from mergefs.recipe.definition import Recipe
 from mergefs.recipe.parameters import filter_notes, gradient_notes
 from mergefs.recipe.references import ModelReference
 from mergefs.sources.place import Role
+from mergefs.statistics.contents import identify
+from mergefs.statistics.identity import checkpoint_identity, is_local
 from mergefs.tokenizer.files import is_tokenizer_file
 
 __all__ = ["Draft", "Drafter", "PlanOptions", "analyze_draft", "draft_plan", "make_plan"]
@@ -65,13 +67,18 @@ class Draft:
 
 
 def make_plan(
-    recipe: Recipe, options: PlanOptions, workspace: Workspace, progress: Progress | None = None
+    recipe: Recipe,
+    options: PlanOptions,
+    workspace: Workspace,
+    progress: Progress | None = None,
+    identified: bool = False,
 ) -> MergePlan:
     """Return the plan of ``recipe`` and keep it in the catalog.
 
-    Without a budget only headers are read. A budget below all expert bytes needs block statistics: what is missing is
-    gathered first, which reads the models once for the blocks and again for what the method asks for. The ledger
-    counts that as analysis.
+    Without a budget only headers are read, unless the plan is to be ``identified``: then every input whose contents are
+    not known is hashed first, and the plan is the same on every machine. A budget below all expert bytes needs block
+    statistics: what is missing is gathered first, which reads the models once for the blocks and again for what the
+    method asks for. The ledger counts all of that as analysis.
     """
     drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
@@ -84,6 +91,9 @@ def make_plan(
         draft = drafter.draft(recipe)  # again, since the models now have identities by content
         result = select_blocks(draft.tensors, workspace.catalog, workspace.statistics, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
+    elif identified and any(is_local(checkpoint_identity(source, workspace.catalog)) for source in draft.sources):
+        identify(draft.sources, workspace.catalog, workspace.reader, progress or Silence())
+        draft = drafter.draft(recipe)
     # A budget that pays for everything is no budget: the same plan, and the same files.
     plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)
     if options.base is not None and recipe.bases:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergefs.methods.contract import Method
+from mergefs.planner.ancestry import as_json
 from mergefs.planner.configuration import encode_config
 from mergefs.planner.layout import index_json
 from mergefs.planner.plan import MergePlan
@@ -47,10 +48,11 @@ def _provenance(plan: MergePlan) -> bytes:
 
 
 def _inputs(plan: MergePlan) -> list[dict[str, Any]]:
-    """Return the inputs of a plan, each with its own where it is the result of a merge."""
+    """Return the inputs of a plan, each with its own where it is the result of a merge, of this recipe or another."""
     return [
         {"reference": entry.reference, "role": entry.role.value, "identity": entry.identity}
         | ({} if entry.model.merged is None else {"inputs": _inputs(entry.model.merged)})
+        | ({} if entry.model.made_by is None else {"made_by": as_json(entry.model.made_by)})
         for entry in plan.inputs
     ]
 

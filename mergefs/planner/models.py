@@ -11,6 +11,7 @@ from mergefs.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from mergefs.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from mergefs.errors import RecipeError
 from mergefs.planner.adapters import with_adapter
+from mergefs.planner.ancestry import Ancestry, UnreadableProvenanceError, read_ancestry
 from mergefs.planner.configuration import encode_config
 from mergefs.planner.documents import documents
 from mergefs.planner.merged import MergedTensor
@@ -84,7 +85,17 @@ class ModelOpener:
             files=MappingProxyType({file.name: file for file in checkpoint.auxiliary}),
             sources=(checkpoint,),
             identity=checkpoint_identity(checkpoint, self._workspace.catalog),
+            made_by=self._ancestry(checkpoint.path),
         )
+
+    def _ancestry(self, path: Path) -> Ancestry | None:
+        """Return what a model directory was made of; what cannot be read is told of, and harms nothing."""
+        try:
+            return read_ancestry(path)
+        except UnreadableProvenanceError as error:
+            note = f"what {path} was made of is unknown, since its mergefs.json cannot be read: {error}"
+            self._notes[note] = None
+            return None
 
     def _adapter(self, path: Path) -> Adapter:
         """Open an adapter."""

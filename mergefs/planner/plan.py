@@ -9,6 +9,7 @@ from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.source import AuxiliaryFile
 from mergefs.methods.contract import Method, TensorContext
+from mergefs.planner.ancestry import Ancestry
 from mergefs.planner.levels import WHOLE, Coded, Selection
 from mergefs.planner.options import PlanOptions
 from mergefs.recipe.definition import Recipe
@@ -26,7 +27,7 @@ class InputModel:
     ``title`` names it in messages. ``tensors`` are sorted by name. ``files`` is what its directory has beside the
     weights, by name: files, or the bytes of generated ones. ``sources`` are the directories that its bytes come from.
     ``identity`` is that of its contents once they are known, else a local one. ``merged`` is the plan of a model that
-    is itself the result of a merge, of the same recipe file.
+    is itself the result of a merge, of the same recipe file; ``made_by`` is the merge that has written its directory.
     """
 
     title: str
@@ -36,6 +37,7 @@ class InputModel:
     sources: tuple[WeightSource, ...]
     identity: str
     merged: "MergePlan | None" = None
+    made_by: Ancestry | None = None
 
     @property
     def number_of_layers(self) -> int | None:

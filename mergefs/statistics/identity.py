@@ -98,6 +98,11 @@ def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]])
     return digest(*parts).hex()
 
 
+def is_local(identity: str) -> bool:
+    """Return whether an identity, or the id of a plan, holds on this machine only."""
+    return identity.startswith("local-")
+
+
 def checkpoint_identity(checkpoint: WeightSource, catalog: Catalog) -> str:
     """Return the content identity of ``checkpoint`` where every tensor has been hashed, else the local one."""
     known: list[tuple[str, str, tuple[int, ...], bytes]] = []

@@ -1,0 +1,196 @@
+"""``mergefs verify --deep``: a written model against what its sources give now."""
+
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from mergefs.engine.model_files import ModelFiles
+from mergefs.engine.workspace import Workspace
+from mergefs.errors import RecipeError, UsageError, VerificationError
+from mergefs.materialize.manifest import PIECE, read_manifest
+from mergefs.materialize.system import read_all
+from mergefs.materialize.verify import Damage, Verified, verify
+from mergefs.materialize.writer import ahead
+from mergefs.planner.ancestry import PROVENANCE_NAME
+from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.progress import Progress, Silence
+from mergefs.recipe.model import parse_recipe
+
+_CHUNK: Final = 8 * PIECE
+
+
+class _Budget(msgspec.Struct, frozen=True):
+    budget_bytes: int | None
+
+
+class _StandIn(msgspec.Struct, frozen=True):
+    reference: str
+
+
+class _Provenance(msgspec.Struct, frozen=True):
+    """The part of ``mergefs.json`` that a plan can be made from again."""
+
+    plan_id: str
+    recipe: str
+    budget: _Budget
+    stand_in: _StandIn | None
+    random_seed: int
+    max_shard_size: int
+    truncate_embeddings: bool
+    copy_tokenizer: bool
+    write_model_card: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How many pieces of the weights are recomputed: so many, or this share (0 to 1) of all; chosen at random."""
+
+    count: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Sample":
+        """Return what ``text`` means: ``100`` pieces, or ``5%`` of them. Raises UsageError."""
+        number = text.strip().removesuffix("%").rstrip()
+        try:
+            if text.strip().endswith("%") and 0 < float(number) <= 100:
+                return cls(share=float(number) / 100)
+            if text.strip() == number and int(number) > 0:
+                return cls(count=int(number))
+        except ValueError:
+            pass
+        raise UsageError(f"--sample {text!r} is neither a number of pieces (100) nor a share (5%); give one of them")
+
+    def choose(self, pieces: int, chance: random.Random) -> list[int]:
+        """Return which of ``pieces`` pieces are looked at, in their order; at least one where there are any."""
+        wanted = self.count if self.count is not None else round((self.share or 0) * pieces)
+        return sorted(chance.sample(range(pieces), min(max(wanted, 1), pieces)))
+
+
+def verify_deep(
+    directory: Path, resources: Workspace, progress: Progress | None = None, sample: Sample | None = None
+) -> Verified:
+    """Check as ``verify`` does, then compute the weights from the sources again and compare all bytes.
+
+    With a ``sample`` only some pieces, chosen at random, are computed. VerificationError names the first difference.
+    """
+    shallow = verify(directory, progress)
+    recomputed = 0
+    for found in recompute(directory, resources, progress, sample):
+        if isinstance(found, Damage):
+            raise VerificationError(found.sentence)
+        recomputed += found
+    return replace(shallow, recomputed_bytes=recomputed)
+
+
+def recompute(
+    directory: Path,
+    resources: Workspace,
+    progress: Progress | None = None,
+    sample: Sample | None = None,
+    chance: random.Random | None = None,
+) -> Iterator[int | Damage]:
+    """Yield for each run of bytes of the weights its length where the sources give the same now, else the difference.
+
+    Of a ``sample``, ``chance`` chooses the pieces. Raises the errors of planning and of sources.
+    """
+    files = _planned_again(directory, resources, progress)
+    yield from _compare(directory, files, sample, chance or random.Random(), progress or Silence())
+
+
+def _planned_again(directory: Path, resources: Workspace, progress: Progress | None) -> ModelFiles:
+    """Return the files of the model as they are computed from the sources now."""
+    provenance = _read_provenance(directory)
+    recipe = parse_recipe(provenance.recipe, str(directory / PROVENANCE_NAME), directory)
+    budget = provenance.budget.budget_bytes
+    options = PlanOptions(
+        budget=None if budget is None else str(budget),
+        base=provenance.stand_in.reference if provenance.stand_in else None,
+        random_seed=provenance.random_seed,
+        max_shard_size=provenance.max_shard_size,
+        truncate_embeddings=provenance.truncate_embeddings,
+        copy_tokenizer=provenance.copy_tokenizer,
+        write_model_card=provenance.write_model_card,
+    )
+    try:
+        return ModelFiles(make_plan(recipe, options, resources, progress), resources, strict=True)
+    except RecipeError as error:
+        raise VerificationError(
+            f"{error} (relative paths count from the current directory: try again from where the model was written)"
+        ) from error
+
+
+def _compare(
+    directory: Path, files: ModelFiles, sample: Sample | None, chance: random.Random, progress: Progress
+) -> Iterator[int | Damage]:
+    """Yield for each run of bytes that was compared its length, and the first difference of each that differs."""
+    runs = [
+        (name, offset, min(_CHUNK if sample is None else PIECE, files.sizes[name] - offset))
+        for name in files.sizes
+        if files.is_merged(name)
+        for offset in range(0, files.sizes[name], _CHUNK if sample is None else PIECE)
+    ]
+    if sample is not None:
+        runs = [runs[index] for index in sample.choose(len(runs), chance)]
+    sizes = {name: entry.size for name, entry in read_manifest(directory).files.items()}
+    progress.start("recomputing", sum(size for *_, size in runs))
+
+    def compare(index: int) -> int | Damage:
+        name, offset, size = runs[index]
+        if sizes.get(name) != files.sizes[name]:
+            sentence = (
+                f"{directory / name}: has {sizes.get(name, 0)} bytes and the sources give {files.sizes[name]}; "
+                "the sources changed since it was written"
+            )
+            return Damage(directory / name, None, (), sentence)
+        return _compare_run(directory / name, files, name, offset, size)
+
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="verify") as pool:
+        for index, found in enumerate(ahead(pool, compare, range(len(runs)))):
+            yield found
+            progress.advance(runs[index][2])
+    progress.finish()
+
+
+def _compare_run(path: Path, files: ModelFiles, name: str, offset: int, size: int) -> int | Damage:
+    """Return ``size`` where a run of bytes is what the sources give, else where it differs first."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            there = read_all(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read ({error.strerror}); materialize the model again") from error
+    expected = files.read(name, offset, size)
+    if there == expected:
+        return size
+    place = offset + next(i for i, (a, b) in enumerate(zip(there, expected, strict=False)) if a != b)
+    tensor = _tensor_at(files, name, place)
+    sentence = (
+        f"{path}: byte {place} (piece {place // PIECE}) differs from what the sources give now, in "
+        f"{'the header' if tensor is None else f'tensor {tensor!r}'}; the sources changed since it was written"
+    )
+    return Damage(path, place // PIECE, () if tensor is None else (tensor,), sentence)
+
+
+def _tensor_at(files: ModelFiles, name: str, place: int) -> str | None:
+    """Return the tensor that holds a byte of a weight file, None for one of the header."""
+    file = next(file for file in files.plan.files if file.name == name)
+    before = [tensor for tensor, begin in zip(file.tensors, file.offsets, strict=True) if begin <= place]
+    return before[-1] if before else None
+
+
+def _read_provenance(directory: Path) -> _Provenance:
+    """Return what ``mergefs.json`` says."""
+    path = directory / PROVENANCE_NAME
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Provenance)
+    except (OSError, msgspec.DecodeError) as error:
+        raise VerificationError(f"{path}: cannot be read ({error}); materialize the model again") from error

@@ -1,0 +1,61 @@
+"""Hashes of models that have not been analysed: what they are, and nothing of what they have in common."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from blake3 import blake3
+
+from mergefs.catalog.catalog import Catalog
+from mergefs.catalog.records import ContentRecord
+from mergefs.checkpoint.checkpoint import WeightSource
+from mergefs.progress import Progress
+from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.ledger import Purpose
+from mergefs.sources.place import StoredTensor
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.identity import KEY_BYTES, local_key
+
+_FLUSH_BYTES: Final = 256 * 2**20
+
+
+def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceReader, progress: Progress) -> None:
+    """Make sure that the catalog has the hashes of every tensor of ``sources``, which then have identities by content.
+
+    Whatever the tensors hold is hashed, be it NaN. What is done is kept every so often, so an interrupted run goes on
+    where it was. Raises the errors of ``SourceReader.read``.
+    """
+    unknown = [
+        place
+        for source in sources
+        for place in (StoredTensor(source.shards[tensor.shard], tensor) for tensor in source.tensors.values())
+        if catalog.content(local_key(place)) is None
+    ]
+    if not unknown:
+        return
+    progress.start("hashing the inputs", sum(place.nbytes for place in unknown))
+    unwritten = 0
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="hash") as pool:
+        try:
+            for place, record in zip(unknown, pool.map(lambda place: _hash(place, reader), unknown), strict=True):
+                catalog.keep_content(local_key(place), record)
+                progress.advance(place.nbytes)
+                unwritten += place.nbytes
+                if unwritten >= _FLUSH_BYTES:
+                    catalog.flush()
+                    unwritten = 0
+        finally:
+            pool.shutdown(cancel_futures=True)
+            catalog.flush()
+    progress.finish()
+
+
+def _hash(place: StoredTensor, reader: SourceReader) -> ContentRecord:
+    """Return the hashes of one tensor as a whole and by blocks."""
+    whole, blocks = blake3(), []
+    for start, stop in BlockGrid.of(place.shape):
+        raw = place.read(reader, start, stop, Purpose.ANALYSIS)
+        whole.update(raw.data)
+        blocks.append(blake3(raw.data).digest())
+    return ContentRecord(whole.digest(length=KEY_BYTES), b"".join(blocks))
