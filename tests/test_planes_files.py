@@ -37,7 +37,7 @@ from mergefs.sources import blocks
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.place import Role, StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.blocks import hash_tensor
+from mergefs.statistics.gathering import hash_tensor
 
 NAME = "w.weight"
 
