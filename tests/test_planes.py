@@ -1,6 +1,10 @@
 """The trellis code of deltas: what its bits mean, that the best are found, and what each plane leaves."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ from mergefs.planes.layout import (
 from mergefs.planes.scales import scale_codes, scales_of
 from mergefs.sources.blocks import BlockGrid
 
+REPOSITORY = Path(__file__).parent.parent
 COMPUTE = {"bf16": BF16, "fp16": F16, "fp32": F32, "fp64": F64}
 by_compute = pytest.mark.parametrize("compute", COMPUTE.values(), ids=COMPUTE)
 seeds = st.integers(0, 2**32 - 1)
@@ -247,6 +252,34 @@ def test_minus_zero_of_the_base_stays_where_the_delta_is_zero() -> None:
     cell = encode_cell(expert, base, F32, 256, 1)
     decoded = load(decode_cell(octets(cell), store(base, F32, F32), F32, 256, cell.coded, 1), F32, F32)
     assert np.signbit(decoded[:256]).all()
+
+
+def codes_in_hexadecimal() -> str:
+    """Return records, errors and decoded values of a cell in each dtype."""
+    found = []
+    for compute in COMPUTE.values():
+        expert, base = random_cell(8, 5000, compute)
+        cell = encode_cell(expert, base, compute, 256, 3)
+        decoded = decode_cell(octets(cell), store(base, compute, compute), compute, 256, cell.coded, 3)
+        found += [cell.record.hex(), *(error.hex() for error in cell.left), decoded.tobytes().hex()]
+    return " ".join(found)
+
+
+def test_a_cpu_without_vectors_or_fused_multiply_add_codes_the_same(tmp_path: Path) -> None:
+    code = "from test_planes import codes_in_hexadecimal; print(codes_in_hexadecimal())"
+    path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    oldest = {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX2 FMA3 AVX512F AVX512_SKX",  # those of its versions
+    }
+    environment = {**os.environ, "PYTHONPATH": path, **oldest}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == codes_in_hexadecimal().split()
 
 
 # Records --------------------------------------------------------------------------------------------------------------
