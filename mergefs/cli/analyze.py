@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from mergefs.engine.workspace import Workspace
     from mergefs.planes.analysis import PlanesWritten
     from mergefs.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class _Analysed:
+    """A model, and how many of its bytes were read; ``known`` are those of tensors that nothing was missing of."""
+
+    path: str
+    identity: str
+    size: int
+    read: int
+    known: int
 
 
 @click.command(name="analyze")
@@ -42,26 +54,39 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, pla
     from mergefs.engine.workspace import Workspace
     from mergefs.units import format_size
 
-    identities: dict[str, str] = {}
+    models: dict[str, _Analysed] = {}
     written: dict[str, PlanesWritten] = {}
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
         with progress() as listener:
             for target in targets:
                 found, kept = _analyze(target, base, planes, workspace, listener)
-                identities |= found
+                models |= found
                 written |= kept
     finally:
         workspace.close()
     read = workspace.ledger.totals().analysis_bytes_read
     if as_json:
-        models = [{"path": path, "identity": identity} for path, identity in identities.items()]
-        content: dict[str, object] = {"models": models, "analysis_bytes_read": read}
+        listed = [
+            {
+                "path": model.path,
+                "identity": model.identity,
+                "bytes": model.size,
+                "analysis_bytes_read": model.read,
+                "known_bytes": model.known,
+            }
+            for model in models.values()
+        ]
+        content: dict[str, object] = {"models": listed, "analysis_bytes_read": read}
         if planes is not None:
             content["planes"] = [_as_json(expert, entry) for expert, entry in written.items()]
         print_json(content)
         return
-    print_table(("model", "identity"), list(identities.items()))
+    rows = [
+        (model.path, model.identity, *map(format_size, (model.size, model.known, model.read)))
+        for model in models.values()
+    ]
+    print_table(("model", "identity", "size", "known before", "read"), rows, numeric=range(2, 5))
     if planes is not None:
         _show_planes(written, workspace.catalog.path)
     click.echo(f"read {format_size(read)}" if read else "everything was known already")
@@ -96,8 +121,8 @@ def _show_planes(written: Mapping[str, "PlanesWritten"], catalog: Path) -> None:
 
 def _analyze(
     target: Path, base: str | None, planes: int | None, workspace: "Workspace", listener: "Progress"
-) -> tuple[dict[str, str], dict[str, "PlanesWritten"]]:
-    """Analyse one target and return the identities of its models and what planes were written, by path."""
+) -> tuple[dict[str, _Analysed], dict[str, "PlanesWritten"]]:
+    """Analyse one target and return what was done to its models and what planes were written, by path."""
     from mergefs.checkpoint import open_checkpoint
     from mergefs.checkpoint.adapter import is_adapter, open_adapter
     from mergefs.checkpoint.checkpoint import WeightSource
@@ -114,7 +139,7 @@ def _analyze(
     written: dict[str, PlanesWritten] = {}
     if not os.path.isdir(target):  # noqa: PTH112 - is_dir() raises where access is denied
         draft = draft_plan(load_recipe(target), PlanOptions(base=base), workspace)
-        analyze_draft(draft, workspace, listener)
+        known = analyze_draft(draft, workspace, listener)
         sources = draft.sources
         if planes is not None:
             tasks = delta_tasks(draft.tensors, sources, planes)
@@ -123,6 +148,16 @@ def _analyze(
         raise UsageError(f"--planes is for recipes, and {target} is a model directory; name a recipe, or leave it out")
     else:
         sources = (open_adapter(target) if is_adapter(target) else open_checkpoint(target),)
-        analyze_family((), sources, catalog, workspace.reader, listener)
+        known = analyze_family((), sources, catalog, workspace.reader, listener)
     record_checkpoints(sources, catalog)
-    return {str(entry.path): checkpoint_identity(entry, catalog) for entry in sources}, written
+    models = {
+        str(entry.path): _Analysed(
+            str(entry.path),
+            checkpoint_identity(entry, catalog),
+            entry.total_bytes,
+            sum(workspace.ledger.analysed(shard.path) for shard in entry.shards),
+            known[entry.path],
+        )
+        for entry in sources
+    }
+    return models, written

@@ -83,6 +83,13 @@ class ReferenceMeter:
         self._counts += np.bincount(self._precision.magnitude_keys(delta) >> shift, minlength=MAGNITUDE_BINS)
         return measures(values, origin, start)
 
+    def squared_norm(self, values: Raw) -> float:
+        """Return the squared norm of a block itself, added up as ``BlockMeasures`` describes."""
+        dtype = self._precision.dtype
+        wide = load(values, dtype, dtype).astype(np.float64)
+        with np.errstate(all="ignore"):
+            return lane_sum(wide * wide)
+
     def histogram(self) -> NDArray[np.int64]:
         """Return how many magnitudes fell into each of the 32,768 bins, in order of magnitude."""
         counts: NDArray[np.int64] = self._counts.copy()

@@ -1,6 +1,8 @@
 """The analysis pass over a family: hashes and block statistics of every tensor, only of what is not known yet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import CheckpointRecord
@@ -17,39 +19,77 @@ from mergefs.statistics.service import StatisticsService
 _FLUSH_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One tensor of a family: its base, whether that lacks anything itself, and the experts that lack something."""
+
+    tensor: TensorPlan
+    base: Place
+    base_lacks: bool
+    experts: tuple[Place, ...]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All that may be read."""
+        return (self.base, *self.experts)
+
+    @property
+    def lacking(self) -> Iterator[StoredTensor]:
+        """The tensors in files that something is not known of."""
+        for place in self.places if self.base_lacks else self.experts:
+            yield from place.stored()
+
+
 def analyze_family(
     tensors: Sequence[TensorPlan],
     sources: Iterable[WeightSource],
     catalog: Catalog,
     reader: SourceReader,
     progress: Progress,
-) -> None:
+) -> dict[Path, int]:
     """Make sure that the catalog has the hashes of all ``sources`` and the block statistics of all ``tensors``.
 
-    What is done is kept every so often, so an interrupted analysis goes on where it was.
+    What is done is kept every so often, so an interrupted analysis goes on where it was. Returns for each source, by
+    its path, the bytes of tensors of which everything was known before.
     """
-    work = [(tensor, places) for tensor in tensors if (places := _missing(tensor, catalog))]
-    covered = {local_key(place) for _, places in work for place in places}
+    sources = tuple(sources)
+    work = _missing(tensors, catalog)
+    covered = {local_key(place) for entry in work for place in entry.places}
+    stored = {
+        source.path: [StoredTensor(source.shards[t.shard], t) for t in source.tensors.values()] for source in sources
+    }
     rest = [
         place
-        for source in sources
-        for place in (StoredTensor(source.shards[tensor.shard], tensor) for tensor in source.tensors.values())
+        for places in stored.values()
+        for place in places
         if (key := local_key(place)) not in covered and catalog.content(key) is None
     ]
-    total = sum(p.nbytes for _, places in work for p in places) + sum(p.nbytes for p in rest)
-    if not total:
-        return
-    progress.start("analysing", total)
+    lacking = {local_key(place) for entry in work for place in entry.lacking} | set(map(local_key, rest))
+    known = {
+        path: sum(place.nbytes for place in places if local_key(place) not in lacking)
+        for path, places in stored.items()
+    }
+    total = sum(place.nbytes for entry in work for place in entry.places) + sum(place.nbytes for place in rest)
+    if total:
+        progress.start("analysing", total)
+        _analyze(work, rest, catalog, reader, progress)
+        progress.finish()
+    return known
+
+
+def _analyze(
+    work: Sequence[_Work], rest: Sequence[Place], catalog: Catalog, reader: SourceReader, progress: Progress
+) -> None:
+    """Do all the work."""
     unwritten = 0
-    for tensor, places in work:
-        tensor.prepare()
-        analyze_tensor(places[0], places[1:], tensor.compute, catalog, reader)
-        unwritten = _advance(sum(p.nbytes for p in places), unwritten, catalog, progress)
+    for entry in work:
+        entry.tensor.prepare()
+        analyze_tensor(entry.base, entry.experts, entry.tensor.compute, catalog, reader)
+        unwritten = _advance(sum(place.nbytes for place in entry.places), unwritten, catalog, progress)
     for place in rest:
         hash_tensor(place, catalog, reader)
         unwritten = _advance(place.nbytes, unwritten, catalog, progress)
     catalog.flush()
-    progress.finish()
 
 
 def gather_statistics(tensors: Sequence[TensorPlan], service: StatisticsService, progress: Progress) -> None:
@@ -79,18 +119,27 @@ def record_checkpoints(sources: Iterable[WeightSource], catalog: Catalog) -> Non
         catalog.keep_checkpoint(checkpoint.local_identity, record)
 
 
-def _missing(tensor: TensorPlan, catalog: Catalog) -> tuple[Place, ...]:
-    """Return the base and the experts whose deltas are not known; nothing where all are, and the base's norms too."""
-    if tensor.context is None or tensor.stand_in is None:
-        return ()
-    experts = [
-        place
-        for place, role in zip(tensor.places, tensor.roles, strict=True)
-        if role is Role.EXPERT and known_deltas(place, tensor.stand_in, tensor.compute, catalog) is None
-    ]
-    if not experts and known_norms(tensor.stand_in, tensor.compute, catalog) is not None:
-        return ()
-    return (tensor.stand_in, *experts)
+def _missing(tensors: Iterable[TensorPlan], catalog: Catalog) -> list[_Work]:
+    """Return what is not known of the deltas of tensors, and of the norms of their bases; each once."""
+    work = []
+    begun: set[tuple[bytes, ...]] = set()
+    for tensor in tensors:
+        base, compute = tensor.stand_in, tensor.compute
+        if tensor.context is None or base is None:
+            continue
+        about_base = (local_key(base), compute.name.encode())
+        experts: dict[tuple[bytes, ...], Place] = {}
+        for place, role in zip(tensor.places, tensor.roles, strict=True):
+            key = (local_key(place), *about_base)
+            if role is Role.EXPERT and key not in begun and known_deltas(place, base, compute, catalog) is None:
+                experts[key] = place
+        lacks = about_base not in begun and (
+            catalog.content(local_key(base)) is None or known_norms(base, compute, catalog) is None
+        )
+        if experts or lacks:
+            begun |= {about_base, *experts}
+            work.append(_Work(tensor, base, lacks, tuple(experts.values())))
+    return work
 
 
 def _advance(size: int, unwritten: int, catalog: Catalog, progress: Progress) -> int:

@@ -4,6 +4,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,13 +174,17 @@ def draft_plan(recipe: Recipe, options: PlanOptions, workspace: Workspace) -> Dr
     return Drafter(options, workspace, Silence()).draft(recipe)
 
 
-def analyze_draft(draft: Draft, workspace: Workspace, progress: Progress) -> None:
-    """Gather every statistic that planning and reading could need; the models then have identities by content."""
+def analyze_draft(draft: Draft, workspace: Workspace, progress: Progress) -> dict[Path, int]:
+    """Gather every statistic that planning and reading could need; the models then have identities by content.
+
+    Returns what ``analyze_family`` does.
+    """
     try:
-        analyze_family(draft.tensors, draft.sources, workspace.catalog, workspace.reader, progress)
+        known = analyze_family(draft.tensors, draft.sources, workspace.catalog, workspace.reader, progress)
         gather_statistics(draft.tensors, workspace.statistics, progress)
     finally:
         workspace.catalog.flush()
+    return known
 
 
 def _require_stand_in(draft: Draft, options: PlanOptions) -> None:

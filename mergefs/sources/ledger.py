@@ -1,8 +1,10 @@
 """The ledger: what was really read, and for what."""
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 
 class Purpose(Enum):
@@ -41,12 +43,15 @@ class Ledger:
         self._lock = threading.Lock()
         self._read = dict.fromkeys(Purpose, 0)
         self._served = 0
+        self._analysed: Counter[Path] = Counter()
         self._thread = _ThreadCounts()
 
-    def record_read(self, purpose: Purpose, size: int) -> None:
-        """Add ``size`` bytes that came from a source."""
+    def record_read(self, purpose: Purpose, size: int, path: Path) -> None:
+        """Add ``size`` bytes that came from the file ``path``."""
         with self._lock:
             self._read[purpose] += size
+            if purpose is Purpose.ANALYSIS:
+                self._analysed[path] += size
         if purpose is Purpose.EXPERT:
             self._thread.first += size
         elif purpose is Purpose.EXPERT_AGAIN:
@@ -55,6 +60,11 @@ class Ledger:
     def of_this_thread(self) -> tuple[int, int]:
         """Return the bytes of experts that the calling thread has read so far, for the first time and again."""
         return self._thread.first, self._thread.again
+
+    def analysed(self, path: Path) -> int:
+        """Return the bytes of one file that were read for analysis."""
+        with self._lock:
+            return self._analysed[path]
 
     def record_served(self, size: int) -> None:
         """Add ``size`` bytes that a reader of the merged model was given."""

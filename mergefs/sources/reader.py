@@ -86,7 +86,7 @@ class SourceReader:
                     )
                 done += count
             _refuse_written(source, os.fstat(descriptor))
-        self._ledger.record_read(purpose, size)
+        self._ledger.record_read(purpose, size, source.path)
         return buffer
 
     def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:

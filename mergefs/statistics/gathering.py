@@ -37,6 +37,9 @@ class Meter(Protocol):
     def measure(self, expert: Raw, base: Raw, start: int) -> BlockMeasures:
         """Return the measures of a block."""
 
+    def squared_norm(self, values: Raw) -> float:
+        """Return the squared norm of a block itself."""
+
     def histogram(self) -> NDArray[np.int64]:
         """Return the counts of magnitudes of all blocks so far."""
 
@@ -107,13 +110,14 @@ class _Base:
             return
         start, _ = self.grid.bounds(block)
         raw = self._read(block)
-        if self.content is None:
-            refuse_non_finite(self.place, raw, start)
-            self.hashes.append(_hash(raw))
         self._values = in_dtype(raw, self.place.dtype, self.compute)
+        norm = self._meter.squared_norm(self._values)
+        if self.content is None:
+            if not np.isfinite(norm):  # or it may have become so in the compute dtype
+                refuse_non_finite(self.place, raw, start)
+            self.hashes.append(_hash(raw))
         if self._norms is not None:
-            # Against zeros, the measures are those of the base itself.
-            self._norms.append(self._meter.measure(self._values, np.zeros_like(self._values), start).squared_norm)
+            self._norms.append(norm)
 
     def values(self, block: int) -> Raw:
         """Return the bytes of a block in the compute dtype."""

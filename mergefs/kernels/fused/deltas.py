@@ -72,6 +72,19 @@ def _add(deltas: Any, first: Any, squares: Any, magnitudes: Any) -> Any:
         magnitudes[i] += abs(wide)
 
 
+def _add_squares(like: Any, values: Any, size: Any, squares: Any, tile: Any) -> None:
+    """Add the squares of ``size`` elements at the address ``values`` to lanes; ``tile`` is a buffer for a chunk."""
+    for first in range(np.uint64(0), size, _CHUNK):
+        count = min(_CHUNK, size - first)
+        for i in range(count):
+            tile[i] = loaded(values, first + i, like)
+        for i in range(count, _CHUNK):
+            tile[i] = _ZERO
+        for i in range(_CHUNK):
+            wide = np.float64(tile[i])
+            squares[i] += wide * wide
+
+
 @inlined
 def _drawn(counter: Any) -> Any:
     """Return the word that SplitMix64 has at ``counter``."""
@@ -144,7 +157,19 @@ def _signature(element: Any) -> Any:
     )
 
 
+def _signature_of_squares(element: Any) -> Any:
+    """Return the signature of ``_add_squares`` for one element type."""
+    return types.void(
+        types.Array(element, 1, "C"),
+        types.uint64,
+        types.uint64,
+        types.Array(types.float64, 1, "C"),
+        types.Array(types.float32, 1, "C"),
+    )
+
+
 KERNEL: Final = Kernel(_measure, _signature)
+_SQUARES: Final = Kernel(_add_squares, _signature_of_squares)
 
 
 class FusedMeter:
@@ -193,6 +218,14 @@ class FusedMeter:
                 changed=int(self._numbers[_CHANGED]),
                 sketch=folded(self._places),
             )
+
+    def squared_norm(self, values: Raw) -> float:
+        """Return the squared norm of a block itself."""
+        squares, size = self._lanes[0], np.uint64(values.size // self._dtype.itemsize)
+        squares[:] = 0
+        _SQUARES.compiled(self._dtype)(self._like, address(values), size, squares, self._deltas)
+        with np.errstate(all="ignore"):
+            return fold_lanes(squares)
 
     def histogram(self) -> NDArray[np.int64]:
         """Return how many magnitudes fell into each of the 32,768 bins, in order of magnitude."""
