@@ -23,7 +23,7 @@ _INSTALL: Final = (
 
 # Kernel answers may be this old, in seconds. The contents of a plan never change, but a name may be pointed at another
 # plan, and that has to show within a second. Reads of an open file ask for neither.
-_TIMEOUT: Final = 1.0
+_TIMEOUT: Final = 0.5
 
 _THREADS: Final = 64
 _IDLE_THREADS: Final = 16
