@@ -34,9 +34,11 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = DEADLINE
 
 
 def environment(state: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return an environment in which mergefs is importable and keeps its logs under ``state``."""
+    """Return an environment in which mergefs is importable and keeps its logs, and its catalog, under ``state``."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "XDG_STATE_HOME": str(state)} | dict(extra or {})
+    return (
+        os.environ | {"PYTHONPATH": path, "XDG_STATE_HOME": str(state), "XDG_DATA_HOME": str(state)} | dict(extra or {})
+    )
 
 
 def run_mergefs(

@@ -540,7 +540,8 @@ def test_a_recipe_behind_a_link_is_in_both_directories(tmp_path: Path) -> None:
     path, link = tmp_path / "recipes" / "merge.yml", tmp_path / "current.yml"
     path.write_text(TIES)
     link.symlink_to(path)
-    assert load_recipe(link).directories == (tmp_path, tmp_path / "recipes")
+    assert load_recipe(link).directories == (Path.cwd(), tmp_path, tmp_path / "recipes")
+    assert load_recipe(link, tmp_path).directories == (tmp_path, tmp_path / "recipes")
     (tmp_path / "recipes" / "math").mkdir()
     recipe = load_recipe(link)
     assert find_model(recipe.models[0].model, recipe) == tmp_path / "recipes" / "math"

@@ -52,8 +52,7 @@ def command(
     result can be told by its hash on any machine; --no-verify-reads leaves that out.
     """
     from mergefs.cli.output import print_json
-    from mergefs.mount.build import expand_recipes
-    from mergefs.mount.models import unique_names
+    from mergefs.mount.recipe_files import expand_recipes, unique_names
 
     if resume and fresh:
         raise click.UsageError("--resume goes on with what --fresh throws away; give one of them")

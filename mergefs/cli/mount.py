@@ -63,6 +63,7 @@ def command(
             plan=arguments.options(),
             catalog=catalog,
             cache_size=cache_size,
+            mountpoint=target,
             warm=warm,
             verify_reads=verify_reads,
         )

@@ -55,6 +55,11 @@ class LiveTree:
         return tuple(one.files for one in self.shelf.current() if isinstance(one, ModelDirectory))
 
     @property
+    def readable(self) -> tuple[ModelFiles, ...]:
+        """The models that can be read: those that are shown, and those that earlier readers may still have."""
+        return tuple(one.files for one in self.shelf.directories() if isinstance(one, ModelDirectory))
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         """The directories that bytes come from."""
         return sources_of(self.models)

@@ -15,6 +15,7 @@ from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
 
 PLAN_ID_ATTRIBUTE: Final = "user.mergefs.plan_id"
 
+
 class ModelTree:
     """A ``mergefs.mount.tree.Tree`` whose root is the directory of one model.
 
@@ -31,6 +32,11 @@ class ModelTree:
     def models(self) -> tuple[ModelFiles, ...]:
         """The model that is shown."""
         return (self._directory.files,)
+
+    @property
+    def readable(self) -> tuple[ModelFiles, ...]:
+        """The models that can be read: the same one."""
+        return self.models
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -100,19 +106,3 @@ def status_of(models: Sequence[ModelFiles], resources: Resources) -> Mapping[str
         **asdict(resources.ledger.totals()),
         **asdict(resources.cache.totals()),
     }
-
-
-def unique_names(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Return the name of each recipe's directory: the file's name without its suffix.
-
-    Where two recipes would share a name, the suffix stays, and after that a number is added.
-    """
-    names: list[str] = []
-    for path in paths:
-        name = path.stem if path.stem not in names else path.name
-        number = 2
-        while name in names:
-            name = f"{path.stem}-{number}"
-            number += 1
-        names.append(name)
-    return tuple(names)

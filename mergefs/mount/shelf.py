@@ -14,7 +14,7 @@ from blake3 import blake3
 from mergefs.checkpoint.source import Fingerprint
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MergefsError
-from mergefs.mount.models import unique_names
+from mergefs.mount.recipe_files import recipes_at, unique_names
 from mergefs.mount.shown import ErrorDirectory, ModelDirectory, ShownDirectory
 from mergefs.recipe.variants import Variant, parse_variant
 
@@ -24,6 +24,9 @@ _RETIRED: Final = 16
 """Directories that nothing shows any more and that stay for readers who found them earlier, beside those in use."""
 
 _VARIANTS: Final = 256
+_REFUSAL_SECONDS: Final = 1.0
+"""A variant that was refused is not tried again for so long: a shell asks several times for one name."""
+
 _SEPARATOR: Final = "@"
 
 PlanRecipe = Callable[[Path, Variant | None], ModelFiles]
@@ -44,9 +47,7 @@ class Shelf:
     Safe to share between threads. ``in_use`` says of a directory whether a client holds a file of it open.
     """
 
-    def __init__(
-        self, recipes: Sequence[Path], plan: PlanRecipe, in_use: Callable[[ShownDirectory], bool]
-    ) -> None:
+    def __init__(self, recipes: Sequence[Path], plan: PlanRecipe, in_use: Callable[[ShownDirectory], bool]) -> None:
         self._recipes = tuple(recipes)
         self._plan = plan
         self._in_use = in_use
@@ -54,7 +55,7 @@ class Shelf:
         self._directories: OrderedDict[str, ShownDirectory] = OrderedDict()
         self._shown: dict[str, Shown] = {}
         self._variants: OrderedDict[str, Shown] = OrderedDict()
-        self._refused: OrderedDict[str, Fingerprint | None] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[Fingerprint | None, float]] = OrderedDict()
 
     def names(self) -> Mapping[str, Path]:
         """Return the recipe files that are there now, by the names that they are shown under."""
@@ -65,6 +66,11 @@ class Shelf:
         """Show what has been planned already."""
         with self._lock:
             self._shown[name] = Shown(_fingerprint(path), self._add(ModelDirectory(files)))
+
+    def put_error(self, name: str, path: Path, error: MergefsError) -> None:
+        """Show what is wrong with a recipe."""
+        with self._lock:
+            self._shown[name] = Shown(_fingerprint(path), self._add(ErrorDirectory(str(error), time.time_ns())))
 
     def target(self, name: str) -> str | None:
         """Return the name of the directory that ``name`` stands for now, or None; plan it when that is due.
@@ -99,6 +105,11 @@ class Shelf:
         with self._lock:
             targets = [shown.target for shown in (*self._shown.values(), *self._variants.values())]
             return tuple(self._directories[target] for target in dict.fromkeys(targets))
+
+    def directories(self) -> tuple[ShownDirectory, ...]:
+        """Return every directory, also those that no name stands for any more."""
+        with self._lock:
+            return tuple(self._directories.values())
 
     def errors(self) -> Mapping[str, str]:
         """Return what is wrong with recipes, by name."""
@@ -137,13 +148,14 @@ class Shelf:
             if shown is not None and shown.fingerprint == fingerprint:
                 self._variants.move_to_end(name)
                 return shown.target
-            if name in self._refused and self._refused[name] == fingerprint:
+            refused, until = self._refused.get(name, (None, 0.0))
+            if refused == fingerprint and time.monotonic() < until:
                 return None
             try:
                 directory = ModelDirectory(self._plan(path, parse_variant(changes)))
             except MergefsError as error:
                 _LOG.warning("there is no %s: %s", name, error)
-                self._refused[name] = fingerprint
+                self._refused[name] = (fingerprint, time.monotonic() + _REFUSAL_SECONDS)
                 if len(self._refused) > _VARIANTS:
                     self._refused.popitem(last=False)
                 return None
@@ -183,10 +195,8 @@ class Shelf:
 
 def _files_at(path: Path) -> Sequence[Path]:
     """Return the recipe files that ``path`` stands for now."""
-    from mergefs.mount.build import recipes_in
-
     try:
-        return recipes_in(path) if path.is_dir() else (path,) if path.exists() else ()
+        return tuple(file for file in recipes_at(path) if file.exists())
     except OSError as error:
         _LOG.warning("%s cannot be read: %s", path, error.strerror)
         return ()

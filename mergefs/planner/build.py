@@ -73,13 +73,15 @@ def make_plan(
     workspace: Workspace,
     progress: Progress | None = None,
     identified: bool = False,
+    gather: bool = True,
 ) -> MergePlan:
     """Return the plan of ``recipe`` and keep it in the catalog.
 
     Without a budget only headers are read, unless the plan is to be ``identified``: then every input whose contents are
     not known is hashed first, and the plan is the same on every machine. A budget below all expert bytes needs block
     statistics: what is missing is gathered first, which reads the models once for the blocks and again for what the
-    method asks for. The ledger counts all of that as analysis.
+    method asks for. The ledger counts all of that as analysis. Without ``gather`` nothing is read for it, and missing
+    block statistics are a BudgetError.
     """
     drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
@@ -88,7 +90,8 @@ def make_plan(
     error = 0.0
     if limit < total:
         _require_stand_in(draft, options)
-        analyze_draft(draft, workspace, progress or Silence())
+        if gather:
+            analyze_draft(draft, workspace, progress or Silence())
         draft = drafter.draft(recipe)  # again, since the models now have identities by content
         result = select_blocks(draft.tensors, workspace.catalog, workspace.statistics, limit)
         draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error

@@ -59,8 +59,9 @@ class OutputModule:
 class Recipe:
     """What to merge and how.
 
-    ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directories`` those that it is in:
-    that of the path, and where a symbolic link stands there also that of the file itself.
+    ``text`` is the file verbatim, ``origin`` its path (or ``<recipe>``), ``directories`` those that relative paths
+    count from, the first before the others: the one that was current when the recipe was read, that of the path, and
+    where a symbolic link stands there also that of the file itself.
     ``inner`` are the recipes of the same file whose results this one merges, by the names that it calls them by.
     ``tokenizer`` is None where the donor's tokenizer stays as it is, and so is ``chat_template``.
     """

@@ -4,6 +4,7 @@ What mergekit ignores without a word (misspelt keys, parameters of other methods
 that gives the line, the nearest known name, and the remedy.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +54,12 @@ _KEYS: Final = (
 )
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Return the recipe in the file at ``path``; RecipeError when it cannot be read or is not a sound recipe."""
+def load_recipe(path: Path, current: Path | None = None) -> Recipe:
+    """Return the recipe in the file at ``path``; RecipeError when it cannot be read or is not a sound recipe.
+
+    Relative paths of models count from the directory ``current``, by default this process's, and then from the
+    recipe's own.
+    """
     origin = str(path)
     try:
         with path.open("rb") as file:
@@ -75,19 +80,23 @@ def load_recipe(path: Path) -> Recipe:
         raise Place(origin, line).error(
             f"byte 0x{data[error.start]:02x} is not UTF-8; save the recipe as UTF-8 text"
         ) from None
-    return parse_recipe(text, origin, *_directories(path))
+    return parse_recipe(text, origin, *_directories(path, current))
 
 
-def _directories(path: Path) -> tuple[Path, ...]:
-    """Return the directory of the recipe at ``path``, and that of the file which a symbolic link there stands for."""
+def _directories(path: Path, current: Path | None) -> tuple[Path, ...]:
+    """Return the current directory, that of the recipe, and that of the file which a symbolic link there stands for."""
     own, real = path.absolute().parent, path.resolve()
-    return tuple(dict.fromkeys((own, real.parent))) if path.is_symlink() and real.is_file() else (own,)
+    found = [own, real.parent] if path.is_symlink() and real.is_file() else [own]
+    if current is None:
+        with contextlib.suppress(FileNotFoundError):  # where it was removed under us
+            current = Path.cwd()
+    return tuple(dict.fromkeys([*([current] if current is not None else []), *found]))
 
 
 def find_model(reference: ModelReference, recipe: Recipe) -> Path:
     """Return the absolute path of the directory that holds ``reference``.
 
-    Relative paths count from the current directory, as in mergekit, then from the recipe's own. A name on the
+    Relative paths count from the directory that was current, as in mergekit, then from the recipe's own. A name on the
     Hugging Face Hub is looked for in the local cache. Raises RecipeError that names each place that was tried.
     """
     return locate(reference, recipe.origin, *recipe.directories)

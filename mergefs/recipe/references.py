@@ -128,8 +128,8 @@ def _check_keys(table: TableItem, known: tuple[str, ...], what: str) -> None:
 def locate(reference: ModelReference, origin: str, *directories: Path, kind: str = "model") -> Path:
     """Return the absolute path of the directory that holds ``reference``, whose adapter is not looked for.
 
-    Local directories come first: relative to the current directory, then to each of ``directories``. What may be a name
-    on the Hugging Face Hub is then looked for in the local cache, and downloaded where that is possible.
+    Local directories come first: relative to each of ``directories``, without any to the current one. What may be a
+    name on the Hugging Face Hub is then looked for in the local cache, and downloaded where that is possible.
     Raises RecipeError, which calls it a ``kind`` and names each place that was tried.
     """
     reference = reference.without_adapter
@@ -167,8 +167,9 @@ def locate(reference: ModelReference, origin: str, *directories: Path, kind: str
 
 def _local_candidates(text: str, directories: tuple[Path, ...]) -> Iterator[Path]:
     path = os.path.expanduser(text)  # noqa: PTH111 - Path.expanduser raises for unknown users
-    with suppress(FileNotFoundError):  # where the current directory was removed under us
-        yield _absolute(path)
+    if not directories:
+        with suppress(FileNotFoundError):  # where the current directory was removed under us
+            yield _absolute(path)
     for directory in directories:
         yield _absolute(os.path.join(directory, path))  # noqa: PTH118 - an absolute path stays as it is
 

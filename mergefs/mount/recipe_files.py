@@ -1,0 +1,49 @@
+"""Which recipe files are meant by paths on the command line, and what their models are called."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mergefs.errors import RecipeError
+
+
+def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the recipe files that are meant: those named, and those in the directories that are named.
+
+    Raises RecipeError for a directory that has none or cannot be read.
+    """
+    files: list[Path] = []
+    for path in recipes:
+        try:
+            found = recipes_at(path)
+        except OSError as error:
+            raise RecipeError(
+                f"{path}: cannot be read ({error.strerror}); give a mergekit YAML file, or a directory of them"
+            ) from None
+        if not found:
+            raise RecipeError(f"{path}: has no recipe; put mergekit configs ending in .yml or .yaml there")
+        files += found
+    return tuple(files)
+
+
+def recipes_at(path: Path) -> tuple[Path, ...]:
+    """Return the recipes in the directory ``path``, or ``path`` itself where it is none; OSError when that fails."""
+    if not path.is_dir():
+        return (path,)
+    entries = sorted(entry for entry in path.iterdir() if entry.suffix in (".yml", ".yaml"))
+    return tuple(entry for entry in entries if entry.is_file())
+
+
+def unique_names(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Return the name of each recipe's directory: the file's name without its suffix.
+
+    Where two recipes would share a name, the suffix stays, and after that a number is added.
+    """
+    names: list[str] = []
+    for path in paths:
+        name = path.stem if path.stem not in names else path.name
+        number = 2
+        while name in names:
+            name = f"{path.stem}-{number}"
+            number += 1
+        names.append(name)
+    return tuple(names)
