@@ -525,7 +525,7 @@ def test_a_file_is_read_with_its_directory(tmp_path: Path) -> None:
     path = tmp_path / "merge.yml"
     path.write_text(TIES)
     recipe = load_recipe(path)
-    assert recipe == parse_recipe(TIES, str(path), tmp_path)
+    assert recipe == parse_recipe(TIES, str(path), Path.cwd(), tmp_path)
 
 
 def test_a_relative_path_gives_an_absolute_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,7 +592,9 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def located(path: str, places: Path) -> Path:
-    recipe = parse(f"merge_method: passthrough\nmodels: [{{model: '{path}'}}]\n", places / "recipes")
+    recipe = parse(
+        f"merge_method: passthrough\nmodels: [{{model: '{path}'}}]\n", places / "current", places / "recipes"
+    )
     return find_model(recipe.models[0].model, recipe)
 
 
