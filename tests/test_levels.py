@@ -1,6 +1,8 @@
 """What is read of each input: selections by cells and levels, and the blocks that are put together from them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from recipes import Merge, write_recipe
 
 from mergefs.catalog import Catalog
-from mergefs.checkpoint.dtypes import BF16, F32
+from mergefs.checkpoint.dtypes import BF16, F32, DType
+from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.engine.engine import Engine
 from mergefs.engine.workspace import Workspace
 from mergefs.kernels.precision import Raw, load, store
@@ -24,7 +27,7 @@ from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import block_sizes
-from mergefs.sources.reader import SourceReader
+from mergefs.sources.reader import SourceFile, SourceReader
 
 CELL = 64
 TENSOR = "model.layers.0.mlp.up_proj.weight"
@@ -37,6 +40,13 @@ class EveryLevelAddsOne:
     grid: BlockGrid
     planes: int = 3
     digest: bytes = b"one for each"
+
+    @property
+    def file(self) -> SourceFile:
+        return AuxiliaryFile("planes", Path(__file__), Fingerprint.of(Path(__file__).stat()))
+
+    def kernels(self) -> Iterator[tuple[str, DType]]:
+        yield from ()
 
     def bytes_read(self, level: int) -> NDArray[np.int64]:
         return block_sizes(self.grid) * level

@@ -38,6 +38,7 @@ class Engine:
         self._strict = strict
         self._nested = nested
         self._files = {file.name: file for file in plan.files}
+        self._plane_files = plan.plane_files
         self._coefficients: dict[str, Any] = {}
         self._gathering = {name: threading.Lock() for name in plan.tensors}
         self._prepared: set[str] = set()
@@ -96,6 +97,7 @@ class Engine:
     def check_sources(self) -> None:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
         check_unchanged(file for source in self.plan.sources for file in source.checked_files)
+        check_unchanged(self._plane_files)
 
     def _tensor_at(self, file: OutputFile, position: int) -> tuple[TensorPlan, int]:
         """Return the tensor that holds the byte at ``position`` of a file, and where it begins there."""
@@ -210,8 +212,9 @@ def _prepare_kernels(plan: MergePlan) -> None:
     pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
     computed = dict.fromkeys(tensor.compute for tensor in merged)
     prepare(plan.method.kernels(), computed, pairs)
-    of_places = {kernel for tensor in plan.tensors.values() for place in tensor.places for kernel in place.kernels()}
-    for module, dtype in sorted(of_places, key=lambda kernel: (kernel[0], kernel[1].name)):
+    of_inputs = {kernel for tensor in plan.tensors.values() for place in tensor.places for kernel in place.kernels()}
+    of_inputs |= {kernel for tensor in plan.tensors.values() for one in tensor.coded if one for kernel in one.kernels()}
+    for module, dtype in sorted(of_inputs, key=lambda kernel: (kernel[0], kernel[1].name)):
         prepare((module,), (dtype,))
     for nested in plan.nested:
         _prepare_kernels(nested)

@@ -1,15 +1,17 @@
 """Which bytes of each input the merge of one tensor reads, under a budget."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
-from mergefs.sources.reader import SourceReader
+from mergefs.sources.reader import SourceFile, SourceReader
 
 NOTHING: Final = 0
 """The level of a cell that is not bought: the base's own bytes stand in for it."""
@@ -23,6 +25,10 @@ WHOLE: Final = 255
 
 class Coded(Protocol):
     """The delta of one expert's tensor in bit planes: levels between ``NOTHING`` and ``EQUAL`` are numbers of them."""
+
+    @property
+    def file(self) -> SourceFile:
+        """The file that the planes are read from."""
 
     @property
     def grid(self) -> BlockGrid:
@@ -39,6 +45,9 @@ class Coded(Protocol):
     @property
     def digest(self) -> bytes:
         """What identifies everything that can be decoded."""
+
+    def kernels(self) -> Iterator[tuple[str, DType]]:
+        """Yield the modules of ``mergefs.kernels.fused`` that it is decoded with, each with a dtype."""
 
     def bytes_read(self, level: int) -> NDArray[np.int64]:
         """Return for each cell the bytes that reading so many planes takes."""

@@ -15,6 +15,7 @@ from mergefs.planner.options import PlanOptions
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place, Role
+from mergefs.sources.reader import SourceFile
 
 FileContent: TypeAlias = AuxiliaryFile | bytes
 """A file of a model's directory: one that lies there, or the bytes of a generated one."""
@@ -205,6 +206,12 @@ class MergePlan:
         """Every directory that bytes come from, each once."""
         found = (source for entry in self.all_inputs for source in entry.model.sources)
         return tuple({id(source): source for source in found}.values())
+
+    @property
+    def plane_files(self) -> tuple[SourceFile, ...]:
+        """Every file of delta planes that bytes come from, each once."""
+        coded = (one for tensor in self.tensors.values() for one in tensor.coded if one is not None)
+        return tuple({one.file.path: one.file for one in coded}.values())
 
     @property
     def nested(self) -> tuple["MergePlan", ...]:
