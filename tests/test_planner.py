@@ -24,6 +24,7 @@ from mergefs.engine.workspace import Workspace
 from mergefs.errors import BudgetError, PlanError
 from mergefs.methods.contract import NO_ANSWERS
 from mergefs.methods.registry import METHODS
+from mergefs.planner.allocation import correlations
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan, make_plan
 from mergefs.planner.plan import MergePlan
@@ -89,7 +90,7 @@ def test_what_is_no_budget_is_quoted(text: str) -> None:
 # Which blocks ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_blocks_that_are_bought_remove_the_most_error_for_each_byte(
+def test_what_is_bought_leaves_the_error_that_norms_and_angles_of_the_deltas_say(
     models: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 256)
@@ -100,33 +101,27 @@ def test_the_blocks_that_are_bought_remove_the_most_error_for_each_byte(
         draft = draft_plan(recipe, PlanOptions(), workspace)
         analyze_draft(draft, workspace, Silence())
         result = select_blocks(draft.tensors, catalog, workspace.statistics, 20_000)
-        items: list[tuple[float, int, bool]] = []  # error for each byte, bytes, whether it was bought
-        squares = {True: 0.0, False: 0.0}
+        total = left = 0.0
         for tensor in result.tensors:
             assert tensor.selection is not None
             assert tensor.context is not None
             assert tensor.stand_in is not None
+            experts = [index for index, role in enumerate(tensor.roles) if role is Role.EXPERT]
+            assert np.delete(tensor.selection.bought, experts, axis=0).all()
             response = method.response(tensor.context, NO_ANSWERS)
-            for index, (place, role) in enumerate(zip(tensor.places, tensor.roles, strict=True)):
-                if role is Role.BASE:
-                    assert tensor.selection.bought[index].all()
-                    continue
-                deltas = known_deltas(place, tensor.stand_in, tensor.compute, catalog)
-                assert deltas is not None
-                for block, (start, stop) in enumerate(tensor.grid):
-                    read = bool(tensor.selection.read[index, block])
-                    gain = response.factors[index] ** 2 * float(deltas.squared_norms[block])
-                    assert not (read and deltas.changed[block] == 0), "a block that equals the base's was bought"
-                    assert tensor.selection.bought[index, block] == (read or deltas.changed[block] == 0)
-                    squares[read] += gain
-                    if deltas.changed[block]:
-                        items.append((gain / (2 * (stop - start)), 2 * (stop - start), read))
-    assert result.predicted_relative_error == pytest.approx((squares[False] / sum(squares.values())) ** 0.5, rel=1e-6)
-    assert {read for _, _, read in items} == {True, False}
-    for worth, cost, read in items:
-        if not read:
-            better = sum(other for value, other, is_read in items if is_read and value >= worth)
-            assert better + cost > 20_000, "a block was left out that would have fitted beside the better ones"
+            deltas = [known_deltas(each, tensor.stand_in, tensor.compute, catalog) for each in tensor.places]
+            found = [known for index in experts if (known := deltas[index]) is not None]
+            equal = np.stack([known.changed == 0 for known in found])
+            read, bought = tensor.selection.read[experts], tensor.selection.bought[experts]
+            assert not (read & equal).any(), "a block that equals the base's was bought"
+            assert (bought == (read | equal)).all()
+            lengths = np.stack([np.sqrt(known.squared_norms.astype(np.float64)) for known in found])
+            lengths *= np.array(response.factors)[experts, None]
+            gram = np.einsum("bij,ib,jb->bij", correlations([known.sketches for known in found]), lengths, lengths)
+            total += gram.sum()
+            left += np.einsum("bij,ib,jb->", gram, ~bought, ~bought)
+    assert 0 < left < total
+    assert result.predicted_relative_error == pytest.approx((left / total) ** 0.5, rel=1e-6)
     spent = sum(tensor.planned_expert_bytes for tensor in result.tensors)
     assert 20_000 - 512 < spent <= 20_000
 

@@ -162,6 +162,29 @@ def _fill(
     return order.size, rest, NOTHING_FITS
 
 
+@inlined
+def _draw_together(cosines: Any, one: int, other: int, size: int) -> None:
+    """Draw the cosines of two inputs towards their mean over the blocks in which both differ from the base."""
+    total, squares, count = 0.0, 0.0, 0
+    for block in range(len(cosines)):
+        if cosines[block, one, one] > 0 and cosines[block, other, other] > 0:
+            total += cosines[block, one, other]
+            count += 1
+    if count < 2:
+        return
+    mean = total / count
+    for block in range(len(cosines)):
+        if cosines[block, one, one] > 0 and cosines[block, other, other] > 0:
+            squares += (cosines[block, one, other] - mean) ** 2
+    by_chance = (1.0 - mean * mean) ** 2 / size * (count - 1)
+    kept = 0.0 if squares <= by_chance else 1.0 - by_chance / squares
+    for block in range(len(cosines)):
+        if cosines[block, one, one] > 0 and cosines[block, other, other] > 0:
+            cosine = np.float32(mean + kept * (cosines[block, one, other] - mean))
+            cosines[block, one, other] = cosine
+            cosines[block, other, one] = cosine
+
+
 def _cosines(sketches: Any) -> Any:
     """Return the cosines (float32 [b, n, n]) between the sketches (int8 [n, b, size])."""
     inputs, blocks, size = sketches.shape
@@ -180,6 +203,9 @@ def _cosines(sketches: Any) -> Any:
                     cosine = np.float32(products[one, other] / np.sqrt(lengths))
                     cosines[block, one, other] = cosine
                     cosines[block, other, one] = cosine
+    for one in range(inputs):
+        for other in range(one):
+            _draw_together(cosines, one, other, size)
     return cosines
 
 

@@ -67,10 +67,12 @@ class Offer:
 
 
 def correlations(sketches: Sequence[NDArray[np.int8]]) -> NDArray[np.float32]:
-    """Return the cosines (float32 [b, n, n]) between n inputs' sketches (int8 [b, size] each) of b blocks.
+    """Return the cosines (float32 [b, n, n]) between n inputs' deltas, from sketches (int8 [b, size] each) of b blocks.
 
-    Sums are exact integers, so equal sketches have cosine 1 and a sketch of zeros has 0 with all others. Together with
-    exact norms the cosines make a Gram matrix that no combination of deltas has a negative length by.
+    Sums are exact integers, so equal sketches have cosine 1; a sketch of zeros has 0 with all others. The cosine of two
+    sketches differs from that of the deltas by a random error of variance ``(1 - cosine^2)^2 / size``. Choosing among
+    many sets by it would choose errors, so the blocks of a tensor are drawn towards their mean by as much as that
+    variance makes up of theirs (Efron and Morris, 1973): all of it where they do not differ by more than chance.
     """
     from mergefs.planner.allocation.compiled import COSINES
 

@@ -45,7 +45,7 @@ def allocate(offers: Sequence[Offer], limit: int) -> Allocation:
         chains.append(chains_of(offer))
         prices.append(offer.price_of_all)
         everything.append(offer.everything)
-    total = _sum([part.gains for part in chains])
+    total = _sum(_joined([part.gains for part in chains], np.float64))
     if sum(prices) <= limit:
         return Allocation(tuple(everything), sum(prices), total, 0.0, complete=True)
     spending = _Spending(offers, chains)
@@ -174,14 +174,12 @@ class _Spending:
 
     def error_left(self) -> float:
         """Return the expected squared error of all that is not bought."""
-        gains = _joined([part.gains for part in self._chains], np.float64)
-        done = np.arange(gains.size, dtype=np.int64) < (self._starts[:-1] + self._taken)[self._chain]
-        for chain in self._beside:
-            done[self._starts[chain] : self._starts[chain + 1]] = True
-        left = _sum([gains[~done]])
-        for _, beside in sorted(self._beside.items()):
-            left += float(beside.errors[beside.current] - beside.errors.min())
-        return left
+        left = _joined([part.gains for part in self._chains], np.float64)
+        left[np.arange(left.size, dtype=np.int64) < (self._starts[:-1] + self._taken)[self._chain]] = 0.0
+        for chain, beside in self._beside.items():
+            left[self._starts[chain] : self._starts[chain + 1]] = 0.0
+            left[self._starts[chain]] = beside.errors[beside.current] - beside.errors.min()
+        return _sum(left)
 
 
 def _joined(parts: Sequence[NDArray[_Number]], dtype: type[_Number]) -> NDArray[_Number]:
@@ -189,6 +187,6 @@ def _joined(parts: Sequence[NDArray[_Number]], dtype: type[_Number]) -> NDArray[
     return np.concatenate([np.zeros(0, dtype=dtype), *parts])
 
 
-def _sum(parts: Sequence[NDArray[np.float64]]) -> float:
-    """Return the sum, always in the same order of additions."""
-    return sum((float(np.cumsum(part)[-1]) for part in parts if part.size), 0.0)
+def _sum(numbers: NDArray[np.float64]) -> float:
+    """Return the sum, in the order of the numbers, so that with some of them 0 it is never larger."""
+    return float(np.cumsum(numbers)[-1]) if numbers.size else 0.0
