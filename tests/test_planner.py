@@ -5,7 +5,9 @@ import json
 import shutil
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,61 @@ def test_an_expert_that_equals_the_base_costs_nothing(models: Family, tmp_path: 
     outcome = plan_of(recipe, tmp_path / "catalog", budget="99%").outcome
     assert 0 < outcome.expert_bytes_planned < outcome.expert_bytes_total / 2
     assert outcome.predicted_relative_error == 0
+
+
+def tensor_bytes(tensors: dict[str, torch.Tensor], name: str) -> bytes:
+    return tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def bytes_that_differ(base: Path | None, experts: Sequence[Path]) -> int:
+    """Return the bytes of all blocks of experts but those that are the base's, or an earlier expert's."""
+    total = 0
+    stand_in = None if base is None else read_model(base)
+    models = [read_model(expert) for expert in experts]
+    for name, tensor in models[0].items():
+        size = tensor.element_size()
+        for start, stop in BlockGrid.of(tuple(tensor.shape)):
+            known = set() if stand_in is None else {tensor_bytes(stand_in, name)[start * size : stop * size]}
+            found = {tensor_bytes(model, name)[start * size : stop * size] for model in models}
+            total += len(found - known) * (stop - start) * size
+    return total
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_ties", "linear without a base"])
+def test_exactly_the_bytes_that_are_equal_are_saved_and_the_merge_stays_as_it_is(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 256)
+    made = family(tmp_path / "models", experts=3, dtype=torch.bfloat16, tied=False, shards=1)
+    base, (first, second, _) = read_model(made.base), map(read_model, made.experts)
+    for number, tensor in enumerate(sorted(base)):
+        if number % 2:  # half of the tensors are frozen in the first expert
+            first[tensor] = base[tensor].clone()
+        rows = len(second[tensor]) // 2
+        second[tensor][:rows] = first[tensor][:rows]
+        if number % 4 == 0:
+            second[tensor] = first[tensor].clone()
+    write_tensors(made.experts[0], first)
+    write_tensors(made.experts[1], second)
+    parameters = tuple({**MERGES[name].per_expert[0], "weight": weight} for weight in (0.6, 0.5, 0.3))
+    merge = replace(MERGES[name], per_expert=parameters)
+    recipe = write_recipe(tmp_path / "recipe.yml", merge, made)
+    open_it = partial(open_model, recipe, base=stand_in(merge, made), catalog=tmp_path / "catalog")
+    with open_it() as model:
+        everything = model.plan.outcome.expert_bytes_total
+        merged = {tensor: model.get_tensor(tensor) for tensor in model.plan.tensors}
+        assert model.plan.outcome.expert_bytes_planned == model.bytes_read["expert_bytes_read"] == everything
+    with open_it(budget="1%"):  # analyses the family
+        differing = bytes_that_differ(made.base, made.experts)
+    assert differing < 0.8 * everything
+    for budget in (None, "100%", str(differing)):
+        with open_it(budget=budget) as model:
+            assert all(torch.equal(model.get_tensor(tensor), merged[tensor]) for tensor in merged)
+            assert model.plan.outcome.expert_bytes_planned == model.bytes_read["expert_bytes_read"] == differing
+            assert model.plan.outcome.predicted_relative_error == 0
+    with open_it(budget=str(differing - 1)) as model:
+        assert model.plan.outcome.expert_bytes_planned < differing
+        assert model.plan.outcome.predicted_relative_error > 0
 
 
 def test_no_budget_reads_nothing_but_headers(models: Family, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
-from mergefs.planner.selection import select_blocks
+from mergefs.planner.selection import select_blocks, select_everything
 from mergefs.planner.tensors import TensorPlanner
 from mergefs.planner.tokenizer import plan_tokenizer
 from mergefs.planner.vocabulary import Alignment
@@ -98,6 +98,8 @@ def make_plan(
     elif identified and any(is_local(checkpoint_identity(source, workspace.catalog)) for source in draft.sources):
         identify(draft.sources, workspace.catalog, workspace.reader, progress or Silence())
         draft = drafter.draft(recipe)
+    if limit >= total:
+        draft = replace(draft, tensors=select_everything(draft.tensors, workspace.catalog))
     # A budget that pays for everything is no budget: the same plan, and the same files.
     plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)
     if options.base is not None and recipe.bases:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
@@ -34,29 +35,29 @@ def select_blocks(
     tensors = [_copied_from_the_base(tensor) for tensor in tensors]
     offers = TensorOffers(tensors, catalog, statistics, planes)
     allocation = allocate(offers, _left_after_necessary(tensors, limit))
-    if allocation.complete:
-        return SelectionResult(select_everything(tensors, catalog), 0.0)
     selected = list(map(_whole, tensors))
     for number, levels in offers.bought(allocation.levels).items():
         stock = offers.stock(number)
-        selection = stock.selection(levels)
+        selection = stock.everything() if allocation.complete else stock.selection(levels)
         selected[number] = replace(tensors[number], selection=selection, coded=stock.planes_of(selection))
     error = math.sqrt(allocation.left / allocation.total) if allocation.total > 0 else 0.0
     return SelectionResult(tuple(selected), error)
 
 
 def select_everything(tensors: Sequence[TensorPlan], catalog: Catalog) -> tuple[TensorPlan, ...]:
-    """Return the tensors, all of them read, but for what is known to be the base's or to be another input's, too.
+    """Return the tensors, all read, but that blocks are not which are known to be the base's, or another input's.
 
-    Nothing needs to be known; where nothing is, all is read.
+    Nothing needs to be known, and a tensor of which nothing useful is stays without a selection.
     """
-    tensors = [_copied_from_the_base(tensor) for tensor in tensors]
-    return tuple(
-        _whole(tensor)
-        if tensor.context is None
-        else replace(tensor, selection=stock_of(tensor, deltas_of(tensor, catalog), catalog).everything())
-        for tensor in tensors
-    )
+    return tuple(map(partial(_everything, catalog=catalog), tensors))
+
+
+def _everything(tensor: TensorPlan, catalog: Catalog) -> TensorPlan:
+    """Return the plan of a tensor that reads every byte that differs from the base's, and none twice."""
+    if tensor.context is None:
+        return tensor
+    stock = stock_of(tensor, deltas_of(tensor, catalog), catalog)
+    return replace(tensor, selection=stock.everything()) if stock.saves else tensor
 
 
 def _whole(tensor: TensorPlan) -> TensorPlan:

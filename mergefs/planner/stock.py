@@ -49,6 +49,11 @@ class Stock:
         """The number of cells in a whole block."""
         return self.tensor.grid.step // self.cell
 
+    @property
+    def saves(self) -> bool:
+        """Whether any block need not be read although everything is bought."""
+        return bool(self.equal.any() or (self.givers != own_bytes(*self.givers.shape)).any())
+
     def selection(self, bought: NDArray[np.uint8]) -> Selection:
         """Return the selection that buys these levels (uint8 [n, c], as in ``Selection``) and what costs nothing."""
         levels = np.where(self._by_cell(self.equal), EQUAL, np.where(self._by_cell(self.free), WHOLE, bought))
