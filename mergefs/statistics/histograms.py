@@ -49,8 +49,8 @@ def pack(counts: NDArray[np.int64]) -> HistogramRecord:
 
 def unpack(record: HistogramRecord) -> NDArray[np.int64]:
     """Return what was packed."""
-    numbers = _numbers(zlib.decompress(record.packed))
-    filled = numbers[0]
+    numbers = np.array(_numbers(zlib.decompress(record.packed)), dtype=np.int64)
+    filled = int(numbers[0])
     counts: NDArray[np.int64] = np.zeros(MAGNITUDE_BINS, dtype=np.int64)
     counts[np.cumsum(numbers[1 : 1 + filled])] = numbers[1 + filled :]
     return counts

@@ -1,0 +1,460 @@
+"""The one pass over a family: what it finds, what it reads of whom, and what it never reads again."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import Family, family, write_model
+from hypothesis import given
+from hypothesis import strategies as st
+from mounting import environment, run_mergefs
+from numpy.typing import NDArray
+from recipes import MERGES, write_document, write_recipe
+from strace import run
+
+from mergefs.catalog import Catalog
+from mergefs.catalog.schema import TABLES
+from mergefs.checkpoint import open_checkpoint
+from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
+from mergefs.kernels.deltas import MAGNITUDE_BINS, ReferenceMeter
+from mergefs.kernels.precision import load, store
+from mergefs.methods.contract import MagnitudeThreshold
+from mergefs.sources import blocks
+from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.ledger import Ledger
+from mergefs.sources.place import Place, StoredTensor
+from mergefs.sources.reader import SourceReader
+from mergefs.statistics.blocks import BlockDeltas, known_deltas, known_norms, pack, unpack
+from mergefs.statistics.gathering import analyze_tensor, hash_tensor
+from mergefs.statistics.histograms import known_histogram
+from mergefs.statistics.histograms import pack as pack_histogram
+from mergefs.statistics.histograms import unpack as unpack_histogram
+from mergefs.statistics.service import StatisticsService
+
+NAME = "w.weight"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
+COMPUTE = {"bf16": BF16, "f16": F16, "f32": F32, "f64": F64}
+ROWS, COLUMNS = 20, 16  # five blocks of four rows
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut tensors into blocks of a few rows, so that small ones have many."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64)
+
+
+@dataclass
+class Shelf:
+    """Models of one tensor each, a catalog, and a reader that counts."""
+
+    directory: Path
+    catalog: Catalog
+    ledger: Ledger
+    reader: SourceReader
+
+    def put(self, name: str, tensor: torch.Tensor) -> Place:
+        """Write a model and return where its tensor lies."""
+        model = write_model(self.directory / name, {NAME: tensor}, {}, tokenizer_files=False)
+        return StoredTensor.of(open_checkpoint(model), NAME)
+
+    def copied(self, name: str) -> Place:
+        """Copy a model and return where its tensor lies."""
+        copy = self.directory / f"copy of {name}"
+        shutil.copytree(self.directory / name, copy)
+        return StoredTensor.of(open_checkpoint(copy), NAME)
+
+    def analyze(self, base: Place, *experts: Place, compute: DType = F32) -> int:
+        """Analyse, and return how many bytes that read."""
+        before = self.ledger.totals().analysis_bytes_read
+        analyze_tensor(base, experts, compute, self.catalog, self.reader)
+        self.catalog.flush()
+        return self.ledger.totals().analysis_bytes_read - before
+
+    def deltas(self, expert: Place, base: Place, compute: DType = F32) -> BlockDeltas:
+        found = known_deltas(expert, base, compute, self.catalog)
+        assert found is not None
+        return found
+
+    def histogram(self, expert: Place, base: Place, compute: DType = F32) -> NDArray[np.int64]:
+        found = known_histogram(expert, base, compute, self.catalog)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    ledger = Ledger()
+    reader = SourceReader(ledger)
+    with Catalog(tmp_path / "catalog") as catalog:
+        yield Shelf(tmp_path, catalog, ledger, reader)
+    reader.close()
+
+
+def base_tensor() -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+def changed_in(base: torch.Tensor, *which: int, by: float = 0.25) -> torch.Tensor:
+    """Return a copy of ``base`` that differs in these blocks of four rows."""
+    expert = base.clone()
+    for block in which:
+        expert[4 * block : 4 * block + 4] += by
+    return expert
+
+
+def assert_same_deltas(found: BlockDeltas, expected: BlockDeltas) -> None:
+    for name in BlockDeltas.__slots__:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+
+
+BLOCK_BYTES = 4 * COLUMNS * 4
+TENSOR_BYTES = ROWS * COLUMNS * 4
+
+# What is found --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize(("first", "second"), tuple(itertools.product(DTYPES, DTYPES)))
+def test_statistics_are_those_of_the_values_in_the_compute_dtype(
+    shelf: Shelf, first: str, second: str, compute: str
+) -> None:
+    dtype = COMPUTE[compute]
+    tensors = [changed_in(base_tensor(), 1, 4).to(DTYPES[first]), base_tensor().to(DTYPES[second])]
+    expert, base = shelf.put("expert", tensors[0]), shelf.put("base", tensors[1])
+    shelf.analyze(base, expert, compute=dtype)
+    carrier, out = (torch.float64, F64) if dtype == F64 else (torch.float32, F32)
+    # By float32 where it comes from float64, as the engine does.
+    values = [tensor.float().to(DTYPES[compute]).to(carrier).flatten() for tensor in tensors]
+    if dtype == F64:
+        values = [tensor.double().flatten() for tensor in tensors]
+    raws = [store(load(value.numpy().view(np.uint8), out, dtype), dtype, dtype) for value in values]
+    meter = ReferenceMeter(dtype)
+    size = 64 * dtype.itemsize
+    expected = BlockDeltas.of(
+        [
+            meter.measure(*(raw[at * size : (at + 1) * size] for raw in raws), start)
+            for at, (start, _) in enumerate(BlockGrid.of((ROWS, COLUMNS)))
+        ]
+    )
+    found = shelf.deltas(expert, base, dtype)
+    present = expected.changed > 0
+    assert present.any()
+    for name in BlockDeltas.__slots__:
+        np.testing.assert_array_equal(getattr(found, name)[present], getattr(expected, name)[present], err_msg=name)
+        assert not getattr(found, name)[~present].any()
+    np.testing.assert_array_equal(shelf.histogram(expert, base, dtype), meter.histogram())
+    norms = known_norms(base, dtype, shelf.catalog)
+    assert norms is not None
+    assert norms == pytest.approx([float((b.double() ** 2).sum()) for b in torch.split(values[1], 64)], rel=1e-6)
+
+
+def test_a_value_that_overflows_the_compute_dtype_is_no_damage(shelf: Shelf) -> None:
+    expert = base_tensor()
+    expert[9, 3] = 1e6
+    places = shelf.put("expert", expert), shelf.put("base", base_tensor())
+    shelf.analyze(places[1], places[0], compute=F16)
+    deltas = shelf.deltas(*places, F16)
+    assert deltas.largest.tolist() == [0.0, 0.0, np.finfo(np.float32).max, 0.0, 0.0]
+    assert not deltas.sketches.any()
+    assert shelf.histogram(*places, F16)[0x7C00] == 1
+
+
+def test_equal_bytes_of_another_dtype_are_another_tensor(shelf: Shelf) -> None:
+    ones = torch.full((ROWS, COLUMNS), 1.0, dtype=torch.bfloat16)
+    base = shelf.put("base", ones)
+    same_bytes = shelf.put("expert", ones.view(torch.float16))
+    shelf.analyze(base, same_bytes)
+    assert (shelf.deltas(same_bytes, base).changed == 64).all()
+    assert shelf.histogram(same_bytes, base)[0] == 0
+
+
+# What is read ---------------------------------------------------------------------------------------------------------
+
+
+def test_adding_an_expert_reads_it_alone_and_of_the_base_the_blocks_that_differ(shelf: Shelf) -> None:
+    base = shelf.put("base", base_tensor())
+    first = shelf.put("first", changed_in(base_tensor(), 0, 1, 2, 3, 4))
+    assert shelf.analyze(base, first) == 2 * TENSOR_BYTES
+    second = shelf.put("second", changed_in(base_tensor(), 2, 3, by=0.5))
+    assert shelf.analyze(base, second) == TENSOR_BYTES + 2 * BLOCK_BYTES
+    assert shelf.deltas(second, base).changed.tolist() == [0, 0, 64, 64, 0]
+    counts = shelf.histogram(second, base)
+    assert (counts[0], counts.sum()) == (3 * 64, ROWS * COLUMNS)
+
+
+def test_a_tensor_that_is_the_bases_is_hashed_and_takes_next_to_nothing(shelf: Shelf) -> None:
+    base, expert = shelf.put("base", base_tensor()), shelf.put("expert", base_tensor())
+    shelf.analyze(base)
+    assert shelf.analyze(base, expert) == TENSOR_BYTES
+    assert shelf.catalog.counts()["deltas"] == shelf.catalog.counts()["histograms"] == 0
+    assert_same_deltas(shelf.deltas(expert, base), BlockDeltas.unchanged(5))
+    assert shelf.histogram(expert, base)[0] == ROWS * COLUMNS
+
+
+def test_a_copy_is_read_once_for_its_hash_and_its_statistics_are_found(shelf: Shelf) -> None:
+    base, expert = shelf.put("base", base_tensor()), shelf.put("expert", changed_in(base_tensor(), 1, 2, 4))
+    shelf.analyze(base, expert)
+    copy = shelf.copied("expert")
+    assert shelf.analyze(base, copy) == TENSOR_BYTES
+    assert_same_deltas(shelf.deltas(copy, base), shelf.deltas(expert, base))
+    np.testing.assert_array_equal(shelf.histogram(copy, base), shelf.histogram(expert, base))
+    assert shelf.catalog.counts()["deltas"] == 1
+
+
+def test_a_copy_of_the_base_is_read_once_and_all_its_deltas_are_found(shelf: Shelf) -> None:
+    base, expert = shelf.put("base", base_tensor()), shelf.put("expert", changed_in(base_tensor(), 1))
+    shelf.analyze(base, expert)
+    copy = shelf.copied("base")
+    assert known_deltas(expert, copy, F32, shelf.catalog) is None
+    hash_tensor(copy, shelf.catalog, shelf.reader)
+    shelf.catalog.flush()
+    assert_same_deltas(shelf.deltas(expert, copy), shelf.deltas(expert, base))
+    assert known_norms(copy, F32, shelf.catalog) is not None
+
+
+@pytest.mark.parametrize("parting", [2, 3, 4])
+def test_a_tensor_that_only_begins_like_another_is_measured_all_the_same(shelf: Shelf, parting: int) -> None:
+    base = shelf.put("base", base_tensor())
+    shelf.analyze(base, shelf.put("first", changed_in(base_tensor(), 1, 2, 3, 4)))
+    tensor = changed_in(base_tensor(), 1, 2, 3, 4)
+    tensor[4 * parting] += 1
+    second = shelf.put("second", tensor)
+    read = shelf.analyze(base, second)
+    # Once the whole tensor, the blocks that agreed once more, and the base's blocks that differ.
+    assert read == TENSOR_BYTES + (parting - 1) * BLOCK_BYTES + 4 * BLOCK_BYTES
+    with Catalog(shelf.directory / "another catalog") as catalog:
+        analyze_tensor(base, (second,), F32, catalog, shelf.reader)
+        catalog.flush()
+        alone = known_deltas(second, base, F32, catalog)
+        histogram = known_histogram(second, base, F32, catalog)
+    assert alone is not None
+    assert_same_deltas(shelf.deltas(second, base), alone)
+    np.testing.assert_array_equal(shelf.histogram(second, base), histogram)
+
+
+def test_another_compute_dtype_reads_what_differs_alone(shelf: Shelf) -> None:
+    base, expert = shelf.put("base", base_tensor()), shelf.put("expert", changed_in(base_tensor(), 1))
+    shelf.analyze(base, expert)
+    assert shelf.analyze(base, expert, compute=BF16) == TENSOR_BYTES + BLOCK_BYTES  # the base for its norms
+    assert shelf.deltas(expert, base, BF16).changed.tolist() == [0, 64, 0, 0, 0]
+
+
+def test_a_threshold_is_found_in_the_histogram_of_the_pass(shelf: Shelf) -> None:
+    """Magnitudes of BF16 lie in bins of their own: nothing is read again unless equal ones are to be told apart."""
+    magnitudes = torch.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) * 2.0**-10
+    base, expert = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16), magnitudes.to(torch.bfloat16)
+    places = shelf.put("expert", expert), shelf.put("base", base)
+    shelf.analyze(places[1], places[0], compute=BF16)
+    service = StatisticsService(shelf.catalog, shelf.reader)
+    keep = int((expert >= expert[10, 0]).sum())
+    before = shelf.ledger.totals().analysis_bytes_read
+    limit = service.answers((MagnitudeThreshold(0, keep),), places, 1, BF16).threshold(0, keep)
+    assert shelf.ledger.totals().analysis_bytes_read == before
+    assert limit.key == int(expert[10, 0].view(torch.int16))
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), count=st.integers(0, 40))
+def test_block_statistics_come_back_as_they_were_packed(data: st.DataObject, count: int) -> None:
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    present = generator.random(count) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    floats = [np.where(present, generator.standard_normal(count), 0).astype(np.float32) for _ in range(4)]
+    changed = np.where(present, generator.integers(1, 2**32, count), 0).astype(np.uint32)
+    sketches = np.where(present[:, None], generator.integers(-127, 128, (count, 128)), 0).astype(np.int8)
+    deltas = BlockDeltas(floats[0], floats[1], floats[2], changed, sketches, floats[3])
+    record = pack(deltas)
+    assert_same_deltas(unpack(record), deltas)
+    assert len(record.sketches) == 128 * int(present.sum())
+
+
+@given(seed=st.integers(0, 2**32), filled=st.integers(0, 3000), largest=st.integers(1, 60))
+def test_a_histogram_comes_back_as_it_was_packed(seed: int, filled: int, largest: int) -> None:
+    generator = np.random.default_rng(seed)
+    counts = np.zeros(MAGNITUDE_BINS, dtype=np.int64)
+    bins = generator.choice(MAGNITUDE_BINS, filled, replace=False)
+    counts[bins] = 2 ** generator.uniform(0, largest, filled)
+    record = pack_histogram(counts)
+    np.testing.assert_array_equal(unpack_histogram(record), counts)
+    assert len(zlib.decompress(record.packed)) <= 3 + filled * (3 + 9)
+
+
+def test_statistics_take_less_than_a_thousandth_of_an_expert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With blocks of their true size; larger tensors have a histogram for more bytes, and so a smaller share."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 512 * 1024)
+    generator = torch.Generator().manual_seed(2)
+    base = (0.02 * torch.randn(5632, 1024, generator=generator)).to(torch.bfloat16)
+    noise = torch.randn(base.shape, generator=generator)
+    expert = (base.float() + 3e-4 * noise * noise.abs()).to(torch.bfloat16)
+    half = torch.cat([base[:2816], expert[2816:]])
+    sizes = []
+    for name, tensor in (("whole", expert), ("half", half)):
+        ledger = Ledger()
+        with Catalog(tmp_path / name / "catalog") as catalog:
+            shelf = Shelf(tmp_path / name, catalog, ledger, SourceReader(ledger))
+            places = shelf.put("base", base), shelf.put("expert", tensor)
+            shelf.analyze(places[0], compute=BF16)
+            before = record_bytes(catalog.path)
+            shelf.analyze(*places, compute=BF16)
+            sizes.append(record_bytes(catalog.path) - before)
+            shelf.reader.close()
+    assert sizes[0] < expert.nbytes // 1000
+    assert sizes[1] <= sizes[0] - 5 * 148  # of the eleven blocks five have no statistics and one is half as full
+
+
+def record_bytes(catalog: Path) -> int:
+    """Return the bytes of all keys and values of a catalog."""
+    script = (
+        "import lmdb, sys\n"
+        "with lmdb.open(sys.argv[1], max_dbs=30, readonly=True, lock=False) as environment:\n"
+        "    total = 0\n"
+        "    for name in sys.argv[2:]:\n"
+        "        table = environment.open_db(name.encode(), create=False)\n"
+        "        with environment.begin(db=table) as transaction:\n"
+        "            total += sum(len(key) + len(value) for key, value in transaction.cursor())\n"
+        "print(total)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(catalog), *TABLES]
+    return int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family(tmp_path_factory.mktemp("models"), experts=2, dtype=torch.bfloat16, tied=False, shards=2)
+
+
+def weight_files(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def headers(model: Path) -> int:
+    return sum(shard.header.data_start for shard in open_checkpoint(model).shards)
+
+
+def recipe_of(path: Path, base: Path, *experts: Path) -> Path:
+    entries = [{"model": str(expert), "parameters": {"weight": 0.5}} for expert in experts]
+    document = {"merge_method": "task_arithmetic", "base_model": str(base), "models": entries, "dtype": "bfloat16"}
+    return write_document(path, document)
+
+
+def test_the_operating_system_sees_an_added_expert_read_once_and_the_others_not_at_all(
+    models: Family, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    first, second = models.experts
+    one = recipe_of(tmp_path / "one.yml", models.base, first)
+    both = recipe_of(tmp_path / "both.yml", models.base, first, second)
+    assert run_mergefs("analyze", one, state=state).returncode == 0
+    arguments = [sys.executable, "-m", "mergefs.cli", "analyze", str(both)]
+    trace = run(tmp_path / "trace", arguments, environment(state))
+    of_headers = [trace.total(weight_files(model)) - headers(model) for model in (models.base, first, second)]
+    size = open_checkpoint(second).total_bytes
+    assert of_headers[1] <= headers(first)  # headers may be looked at again, tensors not
+    assert size <= of_headers[2] <= size + headers(second)
+    assert of_headers[0] < size + headers(models.base)
+    again = run(tmp_path / "again", arguments, environment(state))
+    for model in (models.base, first, second):
+        assert again.total(weight_files(model)) <= 2 * headers(model)
+
+
+def test_the_command_says_of_each_model_what_was_read_and_what_was_known(models: Family, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    first, second = models.experts
+    one = recipe_of(tmp_path / "one.yml", models.base, first)
+    both = recipe_of(tmp_path / "both.yml", models.base, first, second)
+    told = []
+    for recipe in (one, both, both):
+        done = run_mergefs("analyze", recipe, "--json", state=state)
+        assert done.returncode == 0, done.stderr
+        told.append({Path(entry["path"]): entry for entry in json.loads(done.stdout)["models"]})
+    size = open_checkpoint(first).total_bytes
+    counts = [
+        {model: (entry["analysis_bytes_read"], entry["known_bytes"]) for model, entry in run.items()} for run in told
+    ]
+    assert counts[0] == {models.base: (size, 0), first: (size, 0)}
+    read_of_base, known_of_base = counts[1][models.base]
+    assert 0 < read_of_base < size == known_of_base
+    assert (counts[1][first], counts[1][second]) == ((0, size), (size, 0))
+    assert set(counts[2].values()) == {(0, size)}
+    shown = run_mergefs("analyze", both, state=state).stdout
+    assert "known before" in shown
+    assert "everything was known already" in shown
+
+
+def test_a_copied_and_resharded_expert_is_read_once(models: Family, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    expert = models.experts[0]
+    assert run_mergefs("analyze", recipe_of(tmp_path / "one.yml", models.base, expert), state=state).returncode == 0
+    opened = open_checkpoint(expert)
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor for file in weight_files(expert) for name, tensor in load_file(file).items()}
+    copy = write_model(tmp_path / "copy", tensors, json.loads((expert / "config.json").read_text()), shards=3)
+    done = run_mergefs("analyze", recipe_of(tmp_path / "two.yml", models.base, copy), "--json", state=state)
+    told = {Path(entry["path"]): entry for entry in json.loads(done.stdout)["models"]}
+    assert told[copy]["analysis_bytes_read"] == opened.total_bytes
+    assert told[models.base]["analysis_bytes_read"] == 0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mergefs.catalog import Catalog
+from mergefs.engine.workspace import Workspace
+from mergefs.planner import analysis
+from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
+from mergefs.progress import Silence
+from mergefs.recipe.model import load_recipe
+
+class Deadly(Silence):
+    done = 0
+    def advance(self, size):
+        self.done += size
+        if self.done > int(sys.argv[3]):
+            print(workspace.ledger.totals().analysis_bytes_read, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+analysis._FLUSH_BYTES = int(sys.argv[4])
+workspace = Workspace.create(Catalog(Path(sys.argv[2])))
+draft = draft_plan(load_recipe(Path(sys.argv[1])), PlanOptions(), workspace)
+analyze_draft(draft, workspace, Deadly())
+print(workspace.ledger.totals().analysis_bytes_read)
+"""
+
+
+def test_an_analysis_that_was_killed_goes_on_where_it_was(models: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
+    catalog = tmp_path / "catalog"
+    total = 3 * open_checkpoint(models.base).total_bytes
+    flush = total // 10
+    reads, finished = [], False
+    for _ in range(10):
+        arguments = [sys.executable, "-c", KILLED, str(recipe), str(catalog), str(total // 3), str(flush)]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, timeout=120, check=False)
+        reads.append(int(done.stdout))
+        finished = done.returncode == 0
+        if finished:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    largest = max(tensor.nbytes for tensor in open_checkpoint(models.base).tensors.values())
+    assert finished
+    assert len(reads) > 2
+    # Each time at most what had not been flushed was lost: a tenth and one tensor of all three models.
+    assert total <= sum(reads) <= total + (len(reads) - 1) * (flush + 3 * largest)
+    with Catalog(catalog) as opened:
+        assert opened.counts()["contents"] == 3 * len(open_checkpoint(models.base).tensors)
