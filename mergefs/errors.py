@@ -79,6 +79,10 @@ class VerificationError(MergefsError):
     """A materialized model that does not match its manifest or its sources."""
 
 
+class LineageError(MergefsError):
+    """Nothing tells what a model was made of, or it is not clear which one is meant."""
+
+
 class MissingDependencyError(MergefsError):
     """A library that this command needs and that is not installed."""
 

@@ -14,6 +14,7 @@ from mergefs.cli.options import (
     verify_reads_option,
 )
 from mergefs.cli.settings import Settings, absolute
+from mergefs.errors import MaterializeError
 
 if TYPE_CHECKING:
     from mergefs.materialize.materialize import Materialized
@@ -100,6 +101,8 @@ def _materialize(
         with ended_by_signals(), progress(settings.quiet) as listener:
             plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener, identified=how.verify_reads)
             return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted)
+    except MaterializeError:
+        raise  # which says itself how to go on
     except BaseException:
         _tell_of_unfinished(destination)
         raise

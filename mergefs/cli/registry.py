@@ -24,6 +24,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "diff": Entry("mergefs.cli.diff", "command", "Show how far two models are from each other, tensor by tensor."),
     "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
     "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),
+    "log": Entry("mergefs.cli.log", "command", "Show what a model was made of."),
     "methods": Entry("mergefs.cli.methods", "command", "List the merge methods, or explain one."),
     "catalog": Entry("mergefs.cli.catalog", "command", "Look into the catalog."),
     "demo": Entry("mergefs.cli.demo", "command", "Train a small family, merge it, mount it, and measure it."),

@@ -146,7 +146,7 @@ def _compare(
         if sizes.get(name) != files.sizes[name]:
             sentence = (
                 f"{directory / name}: has {sizes.get(name, 0)} bytes and the sources give {files.sizes[name]}; "
-                "the sources changed since it was written"
+                "restore the sources, or materialize the model again"
             )
             return Damage(directory / name, None, (), sentence)
         return _compare_run(directory / name, files, name, offset, size)
@@ -173,9 +173,10 @@ def _compare_run(path: Path, files: ModelFiles, name: str, offset: int, size: in
         return size
     place = offset + next(i for i, (a, b) in enumerate(zip(there, expected, strict=False)) if a != b)
     tensor = _tensor_at(files, name, place)
+    where = "the header" if tensor is None else f"tensor {tensor!r}"
     sentence = (
-        f"{path}: byte {place} (piece {place // PIECE}) differs from what the sources give now, in "
-        f"{'the header' if tensor is None else f'tensor {tensor!r}'}; the sources changed since it was written"
+        f"{path}: byte {place} (piece {place // PIECE}) differs from what the sources give now, in {where}; "
+        "restore the sources, or materialize the model again"
     )
     return Damage(path, place // PIECE, () if tensor is None else (tensor,), sentence)
 

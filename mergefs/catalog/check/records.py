@@ -15,7 +15,7 @@ from mergefs.checkpoint.dtypes import DTYPES
 from mergefs.sources.blocks import BlockGrid
 
 _BINS: Final = 32_768
-_STATES: Final = ("begun", "committed", "aborted")
+_STATES: Final = ("begun", "prepared", "committed", "aborted")
 _WAYS: Final = ("mount", "materialize", "open")
 _IDENTITY: Final = 48
 """Hexadecimal digits of an identity by content."""
