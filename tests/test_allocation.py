@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mergefs.planner.allocation import Allocation, Offer, allocate, correlations
+from mergefs.planner.allocation import Allocation, Offer, allocate, correlations, together
 from mergefs.planner.allocation.chains import chains_of
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -381,3 +381,36 @@ def test_what_a_block_has_beside_its_deltas_is_gone_with_its_first_purchase() ->
     assert [each.levels[0][0].tolist() for each in order] == [[0, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]]
     assert [each.left for each in order] == pytest.approx([5, 2, 1, 0])
     assert order[0].total == pytest.approx(12)
+
+
+# All inputs at once ---------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS)
+@QUICK
+def test_inputs_that_are_bought_together_cost_and_are_worth_what_they_do_one_by_one(seed: int) -> None:
+    offer = any_offer(np.random.default_rng(seed))
+    one = together(offer)
+    nothing = np.zeros(offer.energies.shape, dtype=np.uint8)
+    assert expected_error(one, np.zeros(one.energies.shape, dtype=np.uint8)) == pytest.approx(
+        expected_error(offer, nothing), rel=1e-6, abs=1e-6
+    )
+    assert expected_error(one, one.everything) == 0
+    assert one.price_of_all == offer.price_of_all
+    assert one.levels == offer.levels
+    assert allocate([one], offer.price_of_all).complete
+
+
+@given(seed=SEEDS)
+@QUICK
+def test_a_level_that_one_of_them_lacks_is_not_for_sale_together(seed: int) -> None:
+    offer = any_offer(np.random.default_rng(seed))
+    if offer.levels < 3 or not offer.for_sale.any():
+        return
+    item, cell = map(int, np.argwhere(offer.for_sale)[0])
+    prices, shares = offer.prices.copy(), offer.shares.copy()
+    prices[item, cell, 1], shares[item, cell, 1] = 0, 1
+    one = together(replace(offer, prices=prices, shares=shares))
+    assert one.prices[0, cell, 1] == 0
+    assert one.shares[0, cell, 1] == 1
+    assert one.prices[0, cell, -1] == offer.prices[offer.for_sale[:, cell], cell, -1].sum()

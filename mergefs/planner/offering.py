@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
 from mergefs.methods.contract import Response
-from mergefs.planner.allocation import Offer, correlations
+from mergefs.planner.allocation import Offer, correlations, together
 from mergefs.planner.levels import NOTHING, WHOLE
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.responses import response_of
 from mergefs.planner.stock import Stock, deltas_of, stock_of
+from mergefs.planner.strategy import Strategy
 from mergefs.sources.place import Role, block_sizes
 from mergefs.statistics.blocks import BlockDeltas, known_norms
 from mergefs.statistics.service import StatisticsService
@@ -39,12 +40,12 @@ class TensorOffers(Sequence[Offer]):
     """
 
     def __init__(
-        self, tensors: Sequence[TensorPlan], catalog: Catalog, statistics: StatisticsService, with_planes: bool
+        self, tensors: Sequence[TensorPlan], catalog: Catalog, statistics: StatisticsService, strategy: Strategy
     ) -> None:
         self._tensors = tensors
         self._catalog = catalog
         self._statistics = statistics
-        self._with_planes = with_planes
+        self._strategy = strategy
         self._stocks: dict[int, Stock] = {}
         self._parts = [_Part(number, kind) for number, tensor in enumerate(tensors) for kind in _kinds(tensor)]
 
@@ -64,14 +65,16 @@ class TensorOffers(Sequence[Offer]):
         if missing:
             raise BudgetError(f"{missing[0].describe()} has no block statistics; run `mergefs analyze` on the recipe")
         if part.tensor not in self._stocks:
-            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._with_planes)
+            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._strategy.planes)
         stock = self._stocks[part.tensor]
         response = response_of(tensor, self._statistics)
         if response is None or tensor.stand_in is None:
             raise ValueError("a tensor that is copied has no offer")
         norms = known_norms(tensor.stand_in, tensor.compute, self._catalog) if response.offset else None
-        numbers = _Numbers(stock, deltas, response, norms)
-        return numbers.by_cell() if part.divisible else numbers.as_a_whole()
+        numbers = _Numbers(stock, deltas, response, norms, self._strategy)
+        if not part.divisible:
+            return numbers.as_a_whole()
+        return together(numbers.by_cell()) if self._strategy.together else numbers.by_cell()
 
     def stock(self, tensor: int) -> Stock:
         """Return what may be bought of a tensor whose offers have been asked for."""
@@ -85,6 +88,8 @@ class TensorOffers(Sequence[Offer]):
             shape = (len(stock.experts), stock.cells.count)
             found = result.setdefault(part.tensor, np.full(shape, NOTHING, dtype=np.uint8))
             last = _levels(stock, part.divisible) - 1
+            if part.divisible and self._strategy.together:
+                chosen = np.where(stock.by_cell(stock.is_open & stock.divisible[:, np.newaxis]), chosen, 0)
             found |= np.where(chosen == last, WHOLE, chosen).astype(np.uint8)  # of other inputs than the other part's
         return result
 
@@ -110,6 +115,7 @@ class _Numbers:
     deltas: Sequence[BlockDeltas | None]
     response: Response
     norms: NDArray[np.float32] | None
+    strategy: Strategy
 
     def by_cell(self) -> Offer:
         """Return the offer of the inputs that are bought by cells."""
@@ -182,8 +188,10 @@ class _Numbers:
     @property
     def _correlations(self) -> NDArray[np.float32]:
         """The cosines between deltas in every block (float32 [b, n, n])."""
+        blocks, inputs = self.stock.tensor.grid.count, len(self.deltas)
+        if not self.strategy.angles:
+            return np.repeat(np.eye(inputs, dtype=np.float32)[np.newaxis], blocks, axis=0)
         size = next(known.sketches.shape[1] for known in self.deltas if known is not None)
-        blocks = self.stock.tensor.grid.count
         return correlations(
             [np.zeros((blocks, size), dtype=np.int8) if known is None else known.sketches for known in self.deltas]
         )
@@ -228,7 +236,7 @@ class _Numbers:
             coded = stock.coded[model]
             if coded is None:
                 continue
-            for level in range(1, coded.planes + 1):
+            for level in range(min(self.strategy.fewest_planes, coded.planes), coded.planes + 1):
                 prices[model, :, level] = coded.bytes_read(level)
                 np.divide(coded.left[level], coded.energies, out=shares[model, :, level], where=coded.energies > 0)
         return prices, shares

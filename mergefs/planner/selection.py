@@ -12,6 +12,7 @@ from mergefs.planner.levels import Selection
 from mergefs.planner.offering import TensorOffers
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.stock import deltas_of, stock_of
+from mergefs.planner.strategy import BY_WORTH, Strategy
 from mergefs.sources.place import Role
 from mergefs.statistics.service import StatisticsService
 
@@ -25,15 +26,19 @@ class SelectionResult:
 
 
 def select_blocks(
-    tensors: Sequence[TensorPlan], catalog: Catalog, statistics: StatisticsService, limit: int, planes: bool = True
+    tensors: Sequence[TensorPlan],
+    catalog: Catalog,
+    statistics: StatisticsService,
+    limit: int,
+    strategy: Strategy = BY_WORTH,
 ) -> SelectionResult:
     """Choose what to read for at most ``limit`` bytes; every delta must have its block statistics in the catalog.
 
-    With ``planes`` deltas are bought by planes wherever the catalog has them.
+    ``strategy`` says what may be bought and what counts.
     Raises BudgetError where ``limit`` cannot pay for what must be read from an expert.
     """
     tensors = [_copied_from_the_base(tensor) for tensor in tensors]
-    offers = TensorOffers(tensors, catalog, statistics, planes)
+    offers = TensorOffers(tensors, catalog, statistics, strategy)
     allocation = allocate(offers, _left_after_necessary(tensors, limit))
     selected = list(map(_whole, tensors))
     for number, levels in offers.bought(allocation.levels).items():

@@ -56,7 +56,7 @@ class Stock:
 
     def selection(self, bought: NDArray[np.uint8]) -> Selection:
         """Return the selection that buys these levels (uint8 [n, c], as in ``Selection``) and what costs nothing."""
-        levels = np.where(self._by_cell(self.equal), EQUAL, np.where(self._by_cell(self.free), WHOLE, bought))
+        levels = np.where(self.by_cell(self.equal), EQUAL, np.where(self.by_cell(self.free), WHOLE, bought))
         levels[~self.experts] = WHOLE
         paid = (levels != NOTHING) & (levels != EQUAL) & self.experts[:, np.newaxis]
         first = np.arange(0, levels.shape[1], self.cells_per_block)
@@ -76,7 +76,7 @@ class Stock:
             return ()
         return tuple(coded if some else None for coded, some in zip(self.coded, partly, strict=True))
 
-    def _by_cell(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def by_cell(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return what holds for blocks for each of their cells."""
         return np.repeat(blocks, self.cells_per_block, axis=1)[:, : self.cells.count]
 

@@ -4,7 +4,7 @@
 worth buying, ``spending`` what a budget buys of all tensors.
 """
 
-from mergefs.planner.allocation.offers import Offer, correlations
+from mergefs.planner.allocation.offers import Offer, correlations, together
 from mergefs.planner.allocation.spending import Allocation, allocate
 
-__all__ = ["Allocation", "Offer", "allocate", "correlations"]
+__all__ = ["Allocation", "Offer", "allocate", "correlations", "together"]

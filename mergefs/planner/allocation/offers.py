@@ -78,3 +78,40 @@ def correlations(sketches: Sequence[NDArray[np.int8]]) -> NDArray[np.float32]:
 
     stacked = np.ascontiguousarray(np.stack(sketches, axis=0))
     return np.asarray(COSINES.compiled()(stacked))
+
+
+def together(offer: Offer) -> Offer:
+    """Return the offer of all inputs as one, whose cells are bought at one level for every input that is open there.
+
+    Its energy is that of what the inputs add up to in the output. What a level leaves of it is taken to be the mean of
+    what it leaves of the inputs, weighted by what they contribute; a level that some of them lack is lacking.
+    """
+    n, cells = offer.energies.shape
+    block = np.arange(cells) // offer.cells_per_block
+    is_open = offer.is_open[:, block]
+    own = offer.for_sale
+    lengths = np.sqrt(np.where(is_open, offer.energies, 0.0)) * offer.factors[:, np.newaxis]
+    cosines = offer.correlations[block].astype(np.float64)
+    cosines[:, np.arange(n), np.arange(n)] = 1.0
+    energies = np.einsum("ic,cij,jc->c", lengths, cosines, lengths)
+    parts = np.where(is_open, offer.energies, 0.0) * (offer.factors**2 + offer.spreads)[:, np.newaxis]
+    energies = np.maximum(energies, 0.0) + (parts - lengths**2).sum(axis=0)
+    lacking = ((offer.prices[:, :, 1:-1] == 0) & own[:, :, np.newaxis]).any(axis=0)
+    weights = parts / np.maximum(parts.sum(axis=0), np.finfo(np.float64).tiny)
+    shares = np.einsum("ic,icl->cl", weights, offer.shares.astype(np.float64))
+    prices = np.where(own[:, :, np.newaxis], offer.prices, 0).sum(axis=0)
+    prices[:, 1:-1][lacking] = 0
+    shares[:, 1:-1][lacking] = 1.0
+    shares[:, 0], shares[:, -1] = 1.0, 0.0
+    return Offer(
+        factors=np.ones(1),
+        spreads=np.zeros(1),
+        energies=energies[np.newaxis],
+        correlations=np.ones((offer.correlations.shape[0], 1, 1), dtype=np.float32),
+        givers=np.zeros((1, offer.givers.shape[1]), dtype=np.int16),
+        is_open=np.logical_or.reduce(offer.is_open, axis=0)[np.newaxis],
+        prices=prices[np.newaxis],
+        shares=shares.astype(np.float32)[np.newaxis],
+        unbought=offer.unbought,
+        cells_per_block=offer.cells_per_block,
+    )
