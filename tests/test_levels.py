@@ -51,7 +51,7 @@ class EveryLevelAddsOne:
     def bytes_read(self, level: int) -> NDArray[np.int64]:
         return block_sizes(self.grid) * level
 
-    def decode(self, reader: SourceReader, base_values: Raw, cell: int, level: int, purpose: Purpose) -> Raw:
+    def decode(self, reader: SourceReader, base_values: Raw, cells: range, level: int, purpose: Purpose) -> Raw:
         return store(load(base_values, BF16, F32) + np.float32(level), F32, BF16)
 
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mergefs.kernels.fused.trellis_search import Search
 from mergefs.kernels.precision import Array, Precision, Raw, load, store
 from mergefs.kernels.trellis import PLANES, STATES, STEP, decode, states, stream_bytes
 from mergefs.kernels.trellis_books import BOOKS
-from mergefs.planes.cell import CodedCell, decode_cell, encode_cell, is_sound
+from mergefs.planes.cell import CodedCell, Prefixes, encode_cell
 from mergefs.planes.layout import (
     CHECK_BYTES,
     MOST_CELLS,
@@ -63,6 +64,17 @@ def decoded_by_the_definition(record: Raw, base: Array, compute: DType, group: i
     streams = [record[start : start + size] for start in starts]
     result[kept] = decode(streams, BOOKS, scales[kept], base[kept], Precision(compute))
     return result
+
+
+def first_planes(record: Raw, elements: int, group: int, coded: int, planes: int) -> Prefixes:
+    """Return the first planes of the record of one cell."""
+    size = 1 + -(-elements // group) + planes * (stream_bytes(coded) + CHECK_BYTES)
+    return Prefixes(record[:size], np.array([size]), np.array([coded]), elements, group, planes)
+
+
+def decode_cell(record: Raw, base: Raw, compute: DType, group: int, coded: int, planes: int) -> Raw:
+    """Return the values of one cell."""
+    return first_planes(record, base.size // compute.itemsize, group, coded, planes).decode(base, compute)
 
 
 def octets(cell: CodedCell) -> Raw:
@@ -288,14 +300,13 @@ def test_a_cpu_without_vectors_or_fused_multiply_add_codes_the_same(tmp_path: Pa
 def test_the_check_of_a_prefix_finds_any_flipped_bit() -> None:
     expert, base = random_cell(3, 300, BF16)
     cell = encode_cell(expert, base, BF16, 100, 3)
-    layout = RecordLayout(BlockGrid(300, 300), 100, np.array([cell.coded]))
     for level in (1, 2, 3):
-        prefix = octets(cell)[: layout.prefix_size(0, level)]
-        assert is_sound(prefix)
-        for bit in range(8 * prefix.size):
-            damaged = prefix.copy()
+        prefix = first_planes(octets(cell), 300, 100, cell.coded, level)
+        assert prefix.is_sound()
+        for bit in range(8 * prefix.data.size):
+            damaged = prefix.data.copy()
             damaged[bit // 8] ^= np.uint8(1 << bit % 8)
-            assert not is_sound(damaged)
+            assert not replace(prefix, data=damaged).is_sound()
 
 
 @given(seed=seeds, step=st.integers(1, 500), cells=st.integers(1, 5), group=st.integers(1, 300))
@@ -308,10 +319,12 @@ def test_the_layout_knows_the_size_of_every_prefix(seed: int, step: int, cells: 
     layout = RecordLayout(grid, group, np.array([cell.coded for cell in coded]))
     assert layout.prefix_bytes(2).tolist() == [len(cell.record) for cell in coded]
     assert not layout.prefix_bytes(0).any()
-    for index, cell in enumerate(coded):
+    assert [int(layout.prefix_bytes(2, range(i, i + 1))[0]) for i in range(cells)] == layout.prefix_bytes(2).tolist()
+    for size, cell, (start, stop) in zip(layout.prefix_bytes(1), coded, grid, strict=True):
         if cell.coded:
-            assert is_sound(octets(cell)[: layout.prefix_size(index, 1)])
-            assert layout.prefix_size(index, 1) == layout.prefix_bytes(1)[index]
+            prefix = first_planes(octets(cell), stop - start, group, cell.coded, 1)
+            assert prefix.is_sound()
+            assert prefix.data.size == size
 
 
 def test_the_beginning_of_a_record_does_not_depend_on_how_many_planes_follow() -> None:

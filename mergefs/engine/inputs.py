@@ -96,19 +96,15 @@ class InputReader:
         for level, cells in groupby(selection.cells_of(block), key=lambda cell: int(selection.levels[index, cell])):
             run = list(cells)
             start, stop = selection.cells.bounds(run[0])[0], selection.cells.bounds(run[-1])[1]
+            cut = slice((start - first) * itemsize, (stop - first) * itemsize)
             if level == WHOLE:
-                read = place.read(self._reader, start, stop, purpose)
-                result[(start - first) * itemsize : (stop - first) * itemsize] = change_dtype(
-                    read, place.dtype, compute
-                )
+                result[cut] = change_dtype(place.read(self._reader, start, stop, purpose), place.dtype, compute)
             elif level not in (NOTHING, EQUAL):
                 coded = tensor.coded[index]
                 if coded is None:
                     raise PlanError(f"tensor {tensor.name!r}: planes of an input without planes are planned")
-                for cell in run:
-                    begin, end = (bound - first for bound in selection.cells.bounds(cell))
-                    cut = slice(begin * itemsize, end * itemsize)
-                    result[cut] = coded.decode(self._reader, base[cut], cell, level, purpose)
+                side_by_side = range(run[0], run[-1] + 1)
+                result[cut] = coded.decode(self._reader, base[cut], side_by_side, level, purpose)
         return result
 
     def _counted_as(self, tensor: TensorPlan, index: int, block: int, purpose: Purpose) -> Purpose:

@@ -13,7 +13,7 @@ from mergefs.kernels.precision import Array, Raw, load, store
 from mergefs.kernels.trellis import stream_bytes
 from mergefs.kernels.trellis_books import BOOKS
 from mergefs.planes.layout import CHECK_BYTES
-from mergefs.planes.scales import exponent_for, scale_codes, scales_of
+from mergefs.planes.scales import POWERS, SHARES, exponent_for, scale_codes, scales_of
 
 if TYPE_CHECKING:
     from mergefs.kernels.fused.trellis import Tables
@@ -53,26 +53,41 @@ def encode_cell(expert: Array, base: Array, compute: DType, group: int, planes: 
     return CodedCell(record.tobytes(), coded, left)
 
 
-def is_sound(prefix: Raw) -> bool:
-    """Return whether the first planes of a record, up to and with a check, are what was written."""
-    return bool(_check(prefix[:-CHECK_BYTES]) == prefix[-CHECK_BYTES:].tobytes())
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefixes:
+    """The first ``planes`` (one or more) of the records of cells side by side, one after the other in ``data``.
 
-
-def decode_cell(prefix: Raw, base: Raw, compute: DType, group: int, coded: int, planes: int) -> Raw:
-    """Return base plus delta, as bytes of ``compute``, from the first ``planes`` (one or more) of a record.
-
-    ``base`` are the cell's bytes of ``compute``, ``coded`` of whose elements have bits. The checks are not looked at.
+    That of a cell has its of the ``sizes`` in bytes, and bits for its of the ``coded`` elements; a cell without any has
+    no record. A cell has ``cell`` elements, the last one or fewer, and a group ``group``.
     """
-    from mergefs.kernels.fused.trellis import PlaneRun, decode
 
-    groups = -(-(base.size // compute.itemsize) // group)
-    scales = scales_of(prefix[1 : 1 + groups], int(prefix[:1].view(np.int8)[0]))
-    run = PlaneRun(1 + groups, stream_bytes(coded) + CHECK_BYTES, planes, coded)
-    if compute != F64:
-        return decode(base, compute, prefix, run, scales, group, _tables())
-    values = base.view(np.float64)
-    deltas = decode(np.zeros(values.size * 4, dtype=np.uint8), F32, prefix, run, scales, group, _tables())
-    return store(values + deltas.view(np.float32), F64, F64)
+    data: Raw
+    sizes: NDArray[np.int64]
+    coded: NDArray[np.int64]
+    cell: int
+    group: int
+    planes: int
+
+    def is_sound(self) -> bool:
+        """Return whether they are what was written."""
+        ends = np.cumsum(self.sizes).tolist()
+        pieces = (self.data[end - size : end] for end, size in zip(ends, self.sizes.tolist(), strict=True) if size)
+        return all(_check(piece[:-CHECK_BYTES]) == piece[-CHECK_BYTES:].tobytes() for piece in pieces)
+
+    def decode(self, base: Raw, compute: DType) -> Raw:
+        """Return base plus delta, as bytes of ``compute``; ``base`` are the cells' bytes of it.
+
+        The checks are not looked at.
+        """
+        from mergefs.kernels.fused.trellis import Records, decode
+
+        places = np.cumsum(self.sizes) - self.sizes
+        records = Records(self.data, places, self.coded, self.cell, self.group, self.planes, CHECK_BYTES)
+        if compute != F64:
+            return decode(base, compute, records, SHARES, POWERS, _tables())
+        values = base.view(np.float64)
+        deltas = decode(np.zeros(values.size * 4, dtype=np.uint8), F32, records, SHARES, POWERS, _tables())
+        return store(values + deltas.view(np.float32), F64, F64)
 
 
 def _check(data: Raw) -> bytes:
@@ -100,7 +115,9 @@ class _Cell:
 
     def squared_error(self, record: Raw, planes: int) -> float:
         """Return the squared distance of the expert from what the first planes decode to."""
-        raw = decode_cell(record, self.base, self.compute, self.group, self.coded, planes)
+        sizes, coded = np.array([record.size]), np.array([self.coded])
+        prefixes = Prefixes(record, sizes, coded, self.expert.size, self.group, planes)
+        raw = prefixes.decode(self.base, self.compute)
         difference = self.expert - load(raw, self.compute, self.compute)
         return float((difference * difference).sum())
 

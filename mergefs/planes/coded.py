@@ -13,7 +13,7 @@ from mergefs.checkpoint.dtypes import F32, F64, DType
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
-from mergefs.planes.cell import decode_cell, is_sound
+from mergefs.planes.cell import Prefixes
 from mergefs.planes.files import planes_directory
 from mergefs.planes.layout import RecordLayout
 from mergefs.sources.blocks import BlockGrid
@@ -68,24 +68,27 @@ class CodedDelta:
         """Return for each cell the bytes that are read of the file for ``level``: a prefix of its record (int64)."""
         return self.layout.prefix_bytes(level)
 
-    def decode(self, reader: SourceReader, base_values: Raw, cell: int, level: int, purpose: Purpose) -> Raw:
-        """Return the values of ``cell`` at ``level`` as bytes of the compute dtype.
+    def decode(self, reader: SourceReader, base_values: Raw, cells: range, level: int, purpose: Purpose) -> Raw:
+        """Return the values of ``cells``, which lie side by side, at ``level`` as bytes of the compute dtype.
 
-        ``base_values`` are the bytes of the same cell of the base, of the compute dtype; they are returned as they are
+        ``base_values`` are the bytes of the same cells of the base, of the compute dtype; they are returned as they are
         where the planes have nothing. Raises SourceChangedError where the file is not the one that was written, or its
         bytes are not, and SourceReadError.
         """
-        coded = int(self.layout.coded[cell])
-        if level == 0 or coded == 0:
+        coded = self.layout.coded[cells.start : cells.stop]
+        if level == 0 or not coded.any():
             return base_values
-        size = self.layout.prefix_size(cell, level)
-        record = reader.read(self.file, self.offset + int(self.starts[cell]), size, purpose)
-        if not is_sound(record):
+        sizes = self.layout.prefix_bytes(level, cells)
+        places = self.offset + self.starts[cells.start : cells.stop]
+        pieces = list(zip(places.tolist(), sizes.tolist(), strict=True))
+        data = reader.read_pieces(self.file, pieces, purpose)
+        prefixes = Prefixes(data, sizes, coded, self.grid.step, self.layout.group, level)
+        if not prefixes.is_sound():
             raise SourceChangedError(
-                f"{self.file.path}: the {size} bytes at offset {self.offset + int(self.starts[cell])} are not those "
-                "that were written; remove the file, run mergefs analyze with --planes, and plan again"
+                f"{self.file.path}: what was read at offset {places[0]} is not what was written; remove the file, run "
+                "mergefs analyze with --planes, and plan again"
             )
-        return decode_cell(record, base_values, self.compute, self.layout.group, coded, level)
+        return prefixes.decode(base_values, self.compute)
 
 
 def planes_keys(expert: Place, base: Place, compute: DType, catalog: Catalog) -> list[bytes]:

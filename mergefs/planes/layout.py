@@ -16,9 +16,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.kernels.trellis import STATE_BITS, stream_bytes
+from mergefs.kernels.trellis import STATE_BITS
 from mergefs.sources.blocks import BlockGrid
-from mergefs.sources.place import block_sizes
 
 CHECK_BYTES: Final = 4
 MOST_CELLS: Final = 131_072
@@ -66,16 +65,16 @@ class RecordLayout:
     group: int
     coded: NDArray[np.int64]
 
-    def prefix_bytes(self, planes: int) -> NDArray[np.int64]:
-        """Return for each cell the bytes of its record up to and with so many planes (int64)."""
+    def prefix_bytes(self, planes: int, cells: range | None = None) -> NDArray[np.int64]:
+        """Return for each cell, or each of ``cells``, the bytes of its record up to and with so many planes (int64)."""
+        cells = range(self.grid.count) if cells is None else cells
         if planes == 0:
-            return np.zeros(self.grid.count, dtype=np.int64)
-        groups = -(-block_sizes(self.grid) // self.group)
-        plane = (self.coded + (STATE_BITS - 1 + 7)) // 8 + CHECK_BYTES
-        sizes: NDArray[np.int64] = np.where(self.coded > 0, 1 + groups + planes * plane, 0)
+            return np.zeros(len(cells), dtype=np.int64)
+        coded = self.coded[cells.start : cells.stop]
+        groups = np.full(coded.size, -(-self.grid.step // self.group))
+        if cells.stop == self.grid.count and coded.size:
+            start, stop = self.grid.bounds(cells.stop - 1)
+            groups[-1] = -(-(stop - start) // self.group)
+        plane = (coded + (STATE_BITS - 1 + 7)) // 8 + CHECK_BYTES
+        sizes: NDArray[np.int64] = np.where(coded > 0, 1 + groups + planes * plane, 0)
         return sizes
-
-    def prefix_size(self, cell: int, planes: int) -> int:
-        """Return the bytes of the record of one cell, which has one, up to and with so many planes (1 or more)."""
-        start, stop = self.grid.bounds(cell)
-        return 1 + -(-(stop - start) // self.group) + planes * (stream_bytes(int(self.coded[cell])) + CHECK_BYTES)

@@ -1,7 +1,6 @@
 """The scales of groups: eight for each octave, below a power of two that a cell has for all of its groups."""
 
 import math
-from functools import cache
 from typing import Final
 
 import numpy as np
@@ -32,7 +31,6 @@ def _power(sixteenths: int) -> float:
 
 
 _SCALES: Final = np.array([0.0, *(_power(2 * (code - CODES)) for code in range(1, CODES))])
-"""The scale of each code as a share of the power of two; those of codes from 1 on are rising."""
 
 _LIMITS: Final = np.array([_power(2 * (code - CODES) + 1) for code in range(1, CODES - 1)])
 """Between the scales of two codes that follow each other, from codes 1 and 2 on."""
@@ -50,14 +48,14 @@ def scale_codes(wanted: NDArray[np.float64], exponent: int) -> NDArray[np.uint8]
     return codes
 
 
+SHARES: Final[NDArray[np.float32]] = _SCALES.astype(np.float32)
+"""The scale of each code as a share of the power of two."""
+
+POWERS: Final[NDArray[np.float32]] = np.ldexp(np.float32(1), np.arange(CODES, dtype=np.uint8).view(np.int8))
+"""The power of two of each exponent, by the byte that it is kept in."""
+
+
 def scales_of(codes: NDArray[np.uint8], exponent: int) -> NDArray[np.float32]:
     """Return the scales (float32) of codes."""
-    scales: NDArray[np.float32] = _scales(exponent)[codes]
-    return scales
-
-
-@cache
-def _scales(exponent: int) -> NDArray[np.float32]:
-    """Return the scale of every code."""
-    scales: NDArray[np.float32] = np.ldexp(_SCALES.astype(np.float32), exponent)
+    scales: NDArray[np.float32] = SHARES[codes] * POWERS[exponent % CODES]
     return scales

@@ -52,8 +52,8 @@ class Coded(Protocol):
     def bytes_read(self, level: int) -> NDArray[np.int64]:
         """Return for each cell the bytes that reading so many planes takes."""
 
-    def decode(self, reader: SourceReader, base_values: Raw, cell: int, level: int, purpose: Purpose) -> Raw:
-        """Return the base's values of a cell with so many planes of the delta added, in the compute dtype."""
+    def decode(self, reader: SourceReader, base_values: Raw, cells: range, level: int, purpose: Purpose) -> Raw:
+        """Return the base's values of cells side by side, with so many planes of the delta, in the compute dtype."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

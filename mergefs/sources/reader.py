@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,26 +67,20 @@ class SourceReader:
         Raises SourceChangedError when the file is not the planned one or has become shorter, SourceReadError when the
         operating system fails.
         """
-        buffer: Raw = np.empty(size, dtype=np.uint8)
+        return self.read_pieces(source, ((offset, size),), purpose)
+
+    def read_pieces(self, source: SourceFile, pieces: Sequence[tuple[int, int]], purpose: Purpose) -> Raw:
+        """Return the bytes of ``pieces`` (offset, size) one after the other, as ``read`` does those of one."""
+        total = sum(size for _, size in pieces)
+        buffer: Raw = np.empty(total, dtype=np.uint8)
         view = buffer.data
-        done = 0
         with self._borrow(source, _ADVICE[purpose]) as descriptor:
-            while done < size:
-                try:
-                    count = os.preadv(descriptor, [view[done:]], offset + done)
-                except OSError as error:
-                    raise SourceReadError(
-                        f"{source.path}: reading {size} bytes at offset {offset} failed: "
-                        f"{os.strerror(error.errno or 0)}; check the disk that it lies on"
-                    ) from error
-                if count == 0:
-                    raise SourceChangedError(
-                        f"{source.path}: ends before byte {offset + size}, which it had when the plan was made; "
-                        "restore the file, or plan again"
-                    )
-                done += count
+            done = 0
+            for offset, size in pieces:
+                _fill(view[done : done + size], source, descriptor, offset)
+                done += size
             _refuse_written(source, os.fstat(descriptor))
-        self._ledger.record_read(purpose, size, source.path)
+        self._ledger.record_read(purpose, total, source.path)
         return buffer
 
     def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
@@ -150,6 +144,25 @@ class SourceReader:
         idle = [key for key, file in self._files.items() if file.users == 0]
         for key in idle[: len(self._files) - self._limit]:
             os.close(self._files.pop(key).descriptor)
+
+
+def _fill(view: memoryview, source: SourceFile, descriptor: int, offset: int) -> None:
+    """Read the bytes from ``offset`` on into all of ``view``."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise SourceReadError(
+                f"{source.path}: reading {len(view)} bytes at offset {offset} failed: "
+                f"{os.strerror(error.errno or 0)}; check the disk that it lies on"
+            ) from error
+        if count == 0:
+            raise SourceChangedError(
+                f"{source.path}: ends before byte {offset + len(view)}, which it had when the plan was made; "
+                "restore the file, or plan again"
+            )
+        done += count
 
 
 def check_unchanged(sources: Iterable[SourceFile]) -> None:

@@ -17,7 +17,7 @@ from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, empty_result
 from mergefs.kernels.fused.values import loaded, narrowed, rounded
 from mergefs.kernels.precision import Raw
-from mergefs.kernels.trellis import STATES, STEP
+from mergefs.kernels.trellis import STATE_BITS, STATES, STEP
 
 _LANES: Final = 4
 _WINDOWS: Final = STATES << (_LANES - 1)
@@ -50,65 +50,122 @@ def _sum_planes(sums: Any, record: Any, first: Any, stride: Any, planes: Any, co
 _sum_planes_inlined: Final[Any] = inlined(_sum_planes)
 
 
-def _decode(
+def _decode_cell(
     result: Any,
     base: Any,
+    first: Any,
+    stop: Any,
     record: Any,
-    start: Any,
-    stride: Any,
-    planes: Any,
-    scales: Any,
-    group: Any,
+    place: Any,
     coded: Any,
+    group: Any,
+    planes: Any,
+    gap: Any,
+    shares: Any,
+    powers: Any,
     tables: Any,
     lifted: Any,
+    sums: Any,
+    lanes: Any,
 ) -> None:
-    """Write base plus delta into ``result``.
-
-    ``base`` is an address. The first plane begins at ``start`` of ``record``, each of the others ``stride`` after the
-    one before. ``scales`` (float32) are those of the groups of ``group`` elements; elements of a group of scale zero
-    have no bits, so the planes have ``coded`` elements.
-    """
-    sums = np.empty(_TILE // _LANES, dtype=np.uint64)
-    lanes = sums.view(np.uint16)
-    base, group, coded = np.uint64(base), np.uint64(group), np.uint64(coded)
-    size = np.uint64(result.size)
+    """Write the elements ``first`` to ``stop`` of ``result``, those of the cell whose record begins at ``place``."""
+    power = powers[record[place]]
+    codes = place + np.uint64(1)
+    start = codes + (stop - first + group - np.uint64(1)) // group
+    stride = ((coded + np.uint64(STATE_BITS - 1 + 7)) >> np.uint64(3)) + gap
     used, ready = np.uint64(0), np.uint64(0)
-    for index in range(scales.size):
-        first = np.uint64(index) * group
-        last = min(first + group, size)
-        scale = scales[index] * _STEP
-        if scale == np.float32(0):
+    while first < stop:
+        last = min(first + group, stop)
+        scale = shares[record[codes]] * power * _STEP
+        if record[codes] == np.uint8(0):
             for i in range(first, last):
                 result[i] = narrowed(loaded(base, i, result), result)
-            continue
+            first = last
         while first < last:
             if used == ready:
                 count = min(np.uint64(_TILE // 8), (coded - used + np.uint64(7)) >> np.uint64(3))
-                at = np.uint64(start) + (used >> np.uint64(3))
-                _sum_planes_inlined(sums, record, at, np.uint64(stride), planes, count, tables)
+                _sum_planes_inlined(sums, record, start + (used >> np.uint64(3)), stride, planes, count, tables)
                 ready += np.uint64(_TILE)
             count = min(last - first, ready - used)
-            place = used % np.uint64(_TILE)
+            lane = used % np.uint64(_TILE)
             for i in range(count):
-                delta = np.float32(np.int32(lanes[place + i]) - np.int32(lifted)) * scale
+                delta = np.float32(np.int32(lanes[lane + i]) - lifted) * scale
                 result[first + i] = narrowed(rounded(loaded(base, first + i, result) + delta, result), result)
             first += count
             used += count
+        codes += np.uint64(1)
+
+
+_decode_cell_inlined: Final[Any] = inlined(_decode_cell)
+
+
+def _decode(
+    result: Any,
+    base: Any,
+    records: Any,
+    places: Any,
+    coded: Any,
+    step: Any,
+    group: Any,
+    planes: Any,
+    gap: Any,
+    shares: Any,
+    powers: Any,
+    tables: Any,
+    lifted: Any,
+) -> None:
+    """Write base plus delta of cells of ``step`` elements into ``result``; the last may be shorter.
+
+    ``base`` is an address. ``places`` (int64) say where in ``records`` the record of each cell begins, ``coded``
+    (int64) how many of its elements have bits. A record is the exponent, the scale code of each group of ``group``
+    elements, and planes with ``gap`` bytes after each. ``shares`` are the scales of codes, ``powers`` what exponents
+    multiply them by.
+    """
+    base, group, gap, lifted = np.uint64(base), np.uint64(group), np.uint64(gap), np.int32(lifted)
+    sums = np.empty(_TILE // _LANES, dtype=np.uint64)
+    lanes = sums.view(np.uint16)
+    for cell in range(places.size):
+        first = np.uint64(cell) * np.uint64(step)
+        stop = min(first + np.uint64(step), np.uint64(result.size))
+        if coded[cell] == 0:
+            for i in range(first, stop):
+                result[i] = narrowed(loaded(base, i, result), result)
+        else:
+            _decode_cell_inlined(
+                result,
+                base,
+                first,
+                stop,
+                records,
+                np.uint64(places[cell]),
+                np.uint64(coded[cell]),
+                group,
+                planes,
+                gap,
+                shares,
+                powers,
+                tables,
+                lifted,
+                sums,
+                lanes,
+            )
 
 
 def _signature(element: Any) -> Any:
     """Return the signature for one element type."""
+    integers, singles = types.Array(types.int64, 1, "C"), types.Array(types.float32, 1, "C")
     return types.void(
         types.Array(element, 1, "C"),
         types.int64,
         types.Array(types.uint8, 1, "C"),
+        integers,
+        integers,
         types.int64,
         types.int64,
         types.int64,
-        types.Array(types.float32, 1, "C"),
         types.int64,
-        types.int64,
+        singles,
+        singles,
         types.Array(types.uint64, 2, "C"),
         types.int64,
     )
@@ -138,46 +195,47 @@ class Tables:
         return cls(found, np.cumsum(offsets).astype(np.int32))
 
 
-@dataclass(frozen=True, slots=True)
-class PlaneRun:
-    """Planes of a record: where in it the first begins, how far each is from the one before, how many are read.
+@dataclass(frozen=True, slots=True, eq=False)
+class Records:
+    """Records of cells of ``step`` elements, as far as ``planes`` (one or more) are read.
 
-    They have bits for ``coded`` elements. After each plane the record goes on for a byte or more.
+    That of a cell begins at its of the ``places`` (int64) in ``data``; ``coded`` (int64) says how many elements of each
+    have bits, and where none have there is no record. Groups have ``group`` elements, and ``gap`` bytes (one or more)
+    follow each plane.
     """
 
-    start: int
-    stride: int
+    data: Raw
+    places: NDArray[np.int64]
+    coded: NDArray[np.int64]
+    step: int
+    group: int
     planes: int
-    coded: int
+    gap: int
 
 
 def decode(
-    base: Raw,
-    dtype: DType,
-    record: NDArray[np.uint8],
-    run: PlaneRun,
-    scales: NDArray[np.float32],
-    group: int,
-    tables: Tables,
+    base: Raw, dtype: DType, records: Records, shares: NDArray[np.float32], powers: NDArray[np.float32], tables: Tables
 ) -> Raw:
-    """Return base plus delta, as bytes of ``dtype``, which has fused kernels.
+    """Return base plus delta of cells, as bytes of ``dtype``, which has fused kernels.
 
-    ``base`` are bytes of ``dtype``. ``scales`` has one for each group of ``group`` elements; those of scale zero have
-    no bits in the planes, of which one or more are read.
+    ``base`` are the bytes of ``dtype`` of all cells. A scale is the one of ``shares`` that its code names, times the
+    one of ``powers`` that the exponent of the cell names.
     """
     result = empty_result(base, dtype)
     KERNEL.compiled(dtype)(
         result,
         address(base),
-        record,
-        run.start,
-        run.stride,
-        run.planes,
-        scales,
-        group,
-        run.coded,
+        records.data,
+        records.places,
+        records.coded,
+        records.step,
+        records.group,
+        records.planes,
+        records.gap,
+        shares,
+        powers,
         tables.windows,
-        int(tables.lifted[run.planes - 1]),
+        int(tables.lifted[records.planes - 1]),
     )
     decoded: Raw = result.view(np.uint8)
     return decoded
