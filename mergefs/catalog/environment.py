@@ -127,6 +127,8 @@ class Environment:
     def remove(self, expected: Sequence[tuple[str, bytes, bytes]]) -> int:
         """Remove records (table, key, value) that still have the value, in one transaction; return how many had."""
         removed = 0
+        if not expected:
+            return removed
         with self._transaction(write=True) as transaction:
             for table, key, value in expected:
                 if transaction.get(key, db=self._tables[table]) == value:
@@ -204,6 +206,7 @@ class Environment:
                 f"{self._path}: the catalog was opened before this process forked, and LMDB does not survive that; "
                 "open it in the new process"
             )
+        followed = False
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._growers == 0)
@@ -212,8 +215,12 @@ class Environment:
                 return self._lmdb.begin(write=write)
             except lmdb.MapResizedError:
                 self._leave()
+                before = int(self._lmdb.info()["map_size"])
                 self._announce_growth()
                 self._grow(double=False)
+                if int(self._lmdb.info()["map_size"]) <= before and followed:
+                    raise self._explain("used", lmdb.CorruptedError("its last page lies beyond its map")) from None
+                followed = True
             except BaseException:
                 self._leave()
                 raise

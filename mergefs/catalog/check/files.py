@@ -10,6 +10,8 @@ from blake3 import blake3
 from mergefs.catalog.catalog import FORMAT, FORMAT_KEY
 from mergefs.catalog.check.evidence import REMEDIES, Evidence, FileInvariant, Finding, Repair
 from mergefs.catalog.directory import COMPACTING, PLANES, SALVAGE
+from mergefs.catalog.environment import View
+from mergefs.catalog.naming import name_of_key
 from mergefs.catalog.schema import META, SCHEMA, TABLES
 
 _PIECE: Final = 2**22
@@ -35,16 +37,23 @@ def _tables(evidence: Evidence) -> Iterator[Finding]:
 
 def _readable(evidence: Evidence) -> Iterator[Finding]:
     for table in SCHEMA:
-        read = 0
-        try:
-            for _ in evidence.view.items(table):
-                read += 1
-            says = f"{read} records can be read, and the table counts {evidence.view.count(table)}"
-            is_whole = read == evidence.view.count(table)
-        except lmdb.Error as error:
-            says, is_whole = f"after {read} records the pages are damaged ({error})", False
-        if not is_whole:
+        says = _unreadable(evidence.view, table)
+        if says is not None:
             yield Finding("C3", table, "", table, says, REMEDIES[Repair.REBUILD], Repair.REBUILD)
+
+
+def _unreadable(view: View, table: str) -> str | None:
+    """Return in words why a table cannot be read as a whole, None where it can."""
+    read = 0
+    try:
+        for key, value in view.items(table):
+            if view.get(table, key) != value:
+                return f"record {name_of_key(key)} is not found by its key"
+            read += 1
+    except lmdb.Error as error:
+        return f"after {read} records the pages are damaged ({error})"
+    counted = view.count(table)
+    return None if read == counted else f"{read} records can be read, and the table counts {counted}"
 
 
 def _leftovers(evidence: Evidence) -> Iterator[Finding]:
@@ -77,7 +86,11 @@ def _hash(path: Path) -> str:
 FILE_INVARIANTS: Final = (
     FileInvariant("C1", "the format stamp is this version's", _format),
     FileInvariant("C2", "it has no tables but those of this version", _tables),
-    FileInvariant("C3", "every table can be read in the order of its keys, as many records as it counts", _readable),
+    FileInvariant(
+        "C3",
+        "every table can be read in the order of its keys, as many records as it counts, each found by its key",
+        _readable,
+    ),
     FileInvariant("C4", "nothing is left of an interrupted compaction or repair", _leftovers),
     FileInvariant("C5", "each file of planes has the hash that is its name", _hashes),
 )

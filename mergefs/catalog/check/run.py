@@ -88,7 +88,9 @@ def _repair(environment: Environment, findings: tuple[Finding, ...], forget: boo
     """Do what can be done about ``findings`` and return those that it was done about."""
     kinds = {Repair.REMOVE, Repair.FORGET} if forget else {Repair.REMOVE}
     records = [finding for finding in findings if finding.repair in kinds]
-    environment.remove([(finding.table, bytes.fromhex(finding.key), finding.value) for finding in records])
+    expected = [(finding.table, bytes.fromhex(finding.key), finding.value) for finding in records]
+    if not environment.remove(expected):
+        records = []  # others have removed them, or the pages are damaged
     files = [finding for finding in findings if finding.repair is Repair.DELETE]
     for finding in files:
         _delete(Path(finding.name))
