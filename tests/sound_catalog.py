@@ -20,6 +20,7 @@ from mergefs.catalog.records import (
     DeltaRecord,
     HistogramRecord,
     InputRecord,
+    NormRecord,
     NumberRecord,
     PlanEntryRecord,
     PlanesRecord,
@@ -28,6 +29,7 @@ from mergefs.catalog.records import (
     SelectionRecord,
     ThresholdRecord,
     TransactionRecord,
+    TwinRecord,
     VectorRecord,
     VocabularyRecord,
 )
@@ -45,7 +47,21 @@ _BLOCK: Final = blake3(b"block").digest()
 RECORDS: Final[dict[str, tuple[bytes, msgspec.Struct]]] = {
     "checkpoints": (LOCAL.encode(), CheckpointRecord("/models/base", 3, 100, "cd" * 24)),
     "contents": (KEY, ContentRecord(_BLOCK[:24], _BLOCK)),
-    "deltas": (KEY, DeltaRecord(struct.pack("<2f", 0.0, 2.5), struct.pack("<2I", 0, 7))),
+    "deltas": (
+        KEY,
+        DeltaRecord(
+            blocks=2,
+            present=b"\x40",
+            changed=struct.pack("<I", 7),
+            squared_norms=struct.pack("<f", 2.5),
+            absolute_sums=struct.pack("<f", 3.0),
+            largest=struct.pack("<f", 1.0),
+            sketch_scales=struct.pack("<f", 0.1),
+            sketches=bytes(128),
+        ),
+    ),
+    "norms": (KEY, NormRecord(struct.pack("<2f", 1.0, 0.0))),
+    "twins": (KEY, TwinRecord(KEY)),
     "planes": (
         KEY,
         PlanesRecord(
@@ -61,7 +77,7 @@ RECORDS: Final[dict[str, tuple[bytes, msgspec.Struct]]] = {
             offset=0,
         ),
     ),
-    "histograms": (KEY, HistogramRecord(struct.pack("<2H", 3, 900), struct.pack("<2Q", 5, 1))),
+    "histograms": (KEY, HistogramRecord(zlib.compress(bytes([2, 3, 0x85, 0x07, 5, 1])))),
     "thresholds": (KEY, ThresholdRecord(2**31 - 1, 2**40)),
     "numbers": (KEY, NumberRecord(float("nan"))),
     "vectors": (KEY, VectorRecord(struct.pack("<2d", 1.0, 2.0))),
@@ -103,7 +119,10 @@ RECORDS: Final[dict[str, tuple[bytes, msgspec.Struct]]] = {
         ),
     ),
     "readings": (PLAN.encode(), ReadingRecord(PLAN, "mount", 1, {"model.norm.weight": struct.pack("<4q", 8, 0, 0, 0)})),
-    "transactions": (TRANSACTION.encode(), TransactionRecord(TRANSACTION, PLAN, "/out", "/.out", "committed", 7, 1)),
+    "transactions": (
+        TRANSACTION.encode(),
+        TransactionRecord(TRANSACTION, PLAN, "/out", "/.out", "committed", 7, 1, "ef" * 32),
+    ),
 }
 """By table: a key and the record there."""
 

@@ -27,7 +27,14 @@ from mergefs.catalog.check.run import check
 from mergefs.catalog.check.supervision import check_catalog
 from mergefs.catalog.check.values import VALUE_INVARIANTS
 from mergefs.catalog.envelope import today
-from mergefs.catalog.records import InputRecord, NumberRecord, ReadingRecord, SelectionRecord, VectorRecord
+from mergefs.catalog.records import (
+    ContentRecord,
+    InputRecord,
+    NumberRecord,
+    ReadingRecord,
+    SelectionRecord,
+    VectorRecord,
+)
 from mergefs.catalog.schema import META, SCHEMA
 from mergefs.cli import main
 from mergefs.errors import CatalogError
@@ -131,33 +138,45 @@ PLANTED: Final = (
     Planted("C22", change("checkpoints", content="abc"), "'abc' is none"),
     Planted("C23", change("contents", digest=bytes(23)), "23 bytes and not 24"),
     Planted("C23", change("contents", blocks=bytes(33)), "33 bytes"),
-    Planted("C24", change("contents", digest=bytes(24)), "is not that of the tensor"),
-    Planted("C25", change("deltas", changed=bytes(4)), "8 bytes of norms and 4"),
-    Planted("C25", change("deltas", squared_norms=bytes(7)), "have 7 bytes"),
-    Planted("C26", change("deltas", squared_norms=struct.pack("<2f", 0.0, -1.0)), "negative"),
-    Planted("C26", change("deltas", squared_norms=struct.pack("<2f", 1.0, 1.0)), "no element of it has changed"),
-    Planted("C27", change("histograms", counts=bytes(8)), "4 bytes of bins and 8"),
-    Planted("C28", change("histograms", bins=struct.pack("<2H", 900, 3)), "do not ascend"),
-    Planted("C28", change("histograms", bins=struct.pack("<2H", 3, 40_000)), "below 32768"),
-    Planted("C28", change("histograms", counts=bytes(16)), "empty"),
-    Planted("C29", change("thresholds", key=-1), "key is -1"),
-    Planted("C30", change("vectors", values=bytes(9)), "9 bytes"),
-    Planted("C31", change("vocabularies", ids=bytes(5)), "5 bytes"),
-    Planted("C32", change("vocabularies", ids=struct.pack("<2i", 1, 1)), "do not ascend"),
-    Planted("C32", change("vocabularies", count=1), "counts 1 tokens"),
-    Planted("C32", change("vocabularies", found_ids=(-2,)), "id -2"),
-    Planted("C33", change("vocabularies", permutations=(struct.pack("<i", -2),)), "below -1"),
-    Planted("C34", change("vocabularies", files={"../x": b""}), "outside"),
-    Planted("C35", change("planes", planes=9), "9 planes"),
-    Planted("C35", change("planes", digest=b""), "0 bytes and not 16"),
-    Planted("C36", change("planes", left=bytes(4)), "4 bytes of errors for 2 cells"),
-    Planted("C36", change("planes", coded=bytes(3)), "have 3 bytes"),
-    Planted("C37", change("planes", left=struct.pack("<4f", 1.0, 0.0, 2.0, 0.0)), "rises"),
-    Planted("C37", change("planes", coded=struct.pack("<2I", 9, 0)), "more elements than it has"),
-    Planted("C38", lambda h: h.planes.unlink(), "No such file"),
-    Planted("C38", lambda h: os.utime(h.planes), "another time"),
-    Planted("C38", change("planes", file="../data.mdb"), "no name of such files"),
-    Planted("C38", change("planes", offset=6), "behind the end"),
+    Planted(
+        "C24",
+        lambda h: h.keep("contents", ContentRecord(RECORDS["contents"][1].digest, bytes(32)), key=bytes(24)),
+        "another tensor has the same digest",
+    ),
+    Planted("C25", change("deltas", present=bytes(2)), "with 2 bytes"),
+    Planted("C25", change("deltas", present=b"\xc0"), "array changed has 4 bytes for 2 blocks"),
+    Planted("C25", change("deltas", largest=b""), "array largest has 0 bytes for 1 blocks"),
+    Planted("C25", change("deltas", sketches=bytes(127)), "sketches have 127 bytes"),
+    Planted("C26", change("deltas", squared_norms=struct.pack("<f", -1.0)), "squared_norms has a number that is neg"),
+    Planted("C26", change("deltas", largest=struct.pack("<f", float("inf"))), "not finite"),
+    Planted("C26", change("deltas", changed=bytes(4)), "no element that did"),
+    Planted("C27", change("norms", squared_norms=bytes(5)), "5 bytes"),
+    Planted("C27", change("norms", squared_norms=struct.pack("<f", float("nan"))), "not finite"),
+    Planted("C28", change("twins", local=bytes(23)), "23 bytes and not 24"),
+    Planted("C29", change("histograms", packed=b"?"), "cannot be unpacked"),
+    Planted("C29", change("histograms", packed=zlib.compress(bytes([2, 3, 1, 5]))), "it has 4 numbers"),
+    Planted("C29", change("histograms", packed=zlib.compress(b"")), "it has 0 numbers"),
+    Planted("C29", change("histograms", packed=zlib.compress(bytes([2, 3, 0, 5, 1]))), "do not ascend"),
+    Planted("C29", change("histograms", packed=zlib.compress(bytes([1, 0x80, 0x80, 2, 5]))), "below 32768"),
+    Planted("C29", change("histograms", packed=zlib.compress(bytes([1, 3, 0]))), "empty"),
+    Planted("C30", change("thresholds", key=-1), "key is -1"),
+    Planted("C31", change("vectors", values=bytes(9)), "9 bytes"),
+    Planted("C32", change("vocabularies", ids=bytes(5)), "5 bytes"),
+    Planted("C33", change("vocabularies", ids=struct.pack("<2i", 1, 1)), "do not ascend"),
+    Planted("C33", change("vocabularies", count=1), "counts 1 tokens"),
+    Planted("C33", change("vocabularies", found_ids=(-2,)), "id -2"),
+    Planted("C34", change("vocabularies", permutations=(struct.pack("<i", -2),)), "below -1"),
+    Planted("C35", change("vocabularies", files={"../x": b""}), "outside"),
+    Planted("C36", change("planes", planes=9), "9 planes"),
+    Planted("C36", change("planes", digest=b""), "0 bytes and not 16"),
+    Planted("C37", change("planes", left=bytes(4)), "4 bytes of errors for 2 cells"),
+    Planted("C37", change("planes", coded=bytes(3)), "have 3 bytes"),
+    Planted("C38", change("planes", left=struct.pack("<4f", 1.0, 0.0, 2.0, 0.0)), "rises"),
+    Planted("C38", change("planes", coded=struct.pack("<2I", 9, 0)), "more elements than it has"),
+    Planted("C39", lambda h: h.planes.unlink(), "No such file"),
+    Planted("C39", lambda h: os.utime(h.planes), "another time"),
+    Planted("C39", change("planes", file="../data.mdb"), "no name of such files"),
+    Planted("C39", change("planes", offset=6), "behind the end"),
     Planted("C40", lambda h: h.keep("plans", RECORDS["plans"][1], key=b"56" * 16), "under another id", by_repair),
     Planted("C40", change("plans", plan_id="x"), "id 'x' is none", by_forgetting),
     Planted("C41", change("plans", expert_bytes_planned=101), "101 of 100", by_forgetting),
@@ -186,6 +205,9 @@ PLANTED: Final = (
     Planted("C61", change("transactions", state="done"), "state is 'done'", by_forgetting),
     Planted("C61", change("transactions", pid=0), "process is 0", by_forgetting),
     Planted("C62", change("transactions", destination="out"), "not absolute", by_forgetting),
+    Planted("C64", change("transactions", manifest=""), "does not say what it wrote", by_forgetting),
+    Planted("C64", change("transactions", manifest="x"), "manifest 'x' is none", by_forgetting),
+    Planted("C64", change("transactions", content="x"), "wrote 'x' is none", by_forgetting),
     Planted("C63", change("transactions", plan_id="78" * 16), "is not there", by_forgetting),
 )
 
@@ -266,7 +288,7 @@ def test_the_command_tells_each_finding_and_exits_with_1(hands: Hands, capsys: p
     assert main(["--catalog", str(hands.path), "catalog", "check"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"C30 vectors {KEY.hex()}: its numbers have 9 bytes, no multiple of 8; `mergefs catalog check --repair` "
+        f"C31 vectors {KEY.hex()}: its numbers have 9 bytes, no multiple of 8; `mergefs catalog check --repair` "
         "removes it, and it is gathered again when it is needed",
         f"C61 transactions {'34' * 16}: its state is 'done'; `mergefs catalog check --repair --forget` removes it, and "
         "what it held is lost",
@@ -274,7 +296,7 @@ def test_the_command_tells_each_finding_and_exits_with_1(hands: Hands, capsys: p
     ]
     assert main(["--catalog", str(hands.path), "catalog", "check", "--repair", "--forget"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in said[:2]] == [["repaired:", "C30"], ["repaired:", "C61"]]
+    assert [line.split()[:2] for line in said[:2]] == [["repaired:", "C31"], ["repaired:", "C61"]]
     assert said[2] == f"{hands.path}: {len(SCHEMA) - 2} records, all as they must be"
 
 
@@ -286,7 +308,7 @@ def test_many_findings_of_a_kind_are_counted(hands: Hands, capsys: pytest.Captur
 
 
 def test_the_command_prints_json_for_programs(hands: Hands, capsys: pytest.CaptureFixture[str]) -> None:
-    hands.change("deltas", changed=bytes(4))
+    hands.change("deltas", changed=bytes(8))
     assert main(["--catalog", str(hands.path), "catalog", "check", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     (finding,) = report["findings"]

@@ -1,7 +1,7 @@
 """What a check looks at: one state of the whole catalog, and what it found there."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
@@ -69,6 +69,8 @@ class Evidence:
 
     path: Path
     view: View
+    blocks: dict[bytes, bytes] = field(default_factory=dict)
+    """Of the contents that were looked at: a hash of the hashes of blocks, by digest."""
 
     def has(self, table: str, key: bytes) -> bool:
         """Return whether there is a record, whatever its state."""

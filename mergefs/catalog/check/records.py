@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from mergefs.catalog.check.evidence import Invariant, Subject
@@ -15,6 +16,8 @@ from mergefs.checkpoint.dtypes import DTYPES
 from mergefs.sources.blocks import BlockGrid
 
 _BINS: Final = 32_768
+_SKETCH: Final = 128
+"""Bytes of the sketch of a block."""
 _STATES: Final = ("begun", "prepared", "committed", "aborted")
 _WAYS: Final = ("mount", "materialize", "open")
 _IDENTITY: Final = 48
@@ -67,44 +70,78 @@ def _content_sizes(subject: Subject) -> str | None:
     return _whole(subject.record.blocks, 32, "the hashes of its blocks")
 
 
-def _content_of_one_block(subject: Subject) -> str | None:
-    record = subject.record
-    if len(record.blocks) == 32 and record.blocks[:24] != record.digest:
-        return "it has one block, whose hash is not that of the tensor"
+def _content_alike(subject: Subject) -> str | None:
+    record, known = subject.record, subject.evidence.blocks
+    if known.setdefault(record.digest, blake3(record.blocks).digest()) != blake3(record.blocks).digest():
+        return "another tensor has the same digest, and other hashes of its blocks"
     return None
 
 
 def _delta_sizes(subject: Subject) -> str | None:
     record = subject.record
-    if wrong := _whole(record.squared_norms, 4, "its norms"):
-        return wrong
-    if len(record.squared_norms) != len(record.changed):
-        return f"it has {len(record.squared_norms)} bytes of norms and {len(record.changed)} of changed elements"
+    if record.blocks < 0 or len(record.present) not in (0, math.ceil(record.blocks / 8)):
+        return f"which of its {record.blocks} blocks changed is said with {len(record.present)} bytes"
+    bits = np.unpackbits(np.frombuffer(record.present, dtype=np.uint8))
+    entries = int(bits[: record.blocks].sum()) if record.present else record.blocks
+    for name in ("changed", "squared_norms", "absolute_sums", "largest", "sketch_scales"):
+        if len(getattr(record, name)) != 4 * entries:
+            return f"its array {name} has {len(getattr(record, name))} bytes for {entries} blocks"
+    if len(record.sketches) != _SKETCH * entries:
+        return f"its sketches have {len(record.sketches)} bytes for {entries} blocks"
     return None
 
 
 def _delta_values(subject: Subject) -> str | None:
-    norms = np.frombuffer(subject.record.squared_norms, dtype="<f4")
-    changed = np.frombuffer(subject.record.changed, dtype="<u4")
-    if not (norms >= 0).all():
-        return "a squared norm is negative or NaN"
-    if (norms[changed == 0] != 0).any():
-        return "a block has a norm, and no element of it has changed"
-    return None
-
-
-def _histogram_sizes(subject: Subject) -> str | None:
     record = subject.record
-    if len(record.bins) % 2 or len(record.counts) != 4 * len(record.bins):
-        return f"it has {len(record.bins)} bytes of bins and {len(record.counts)} of counts"
+    for name in ("squared_norms", "absolute_sums", "largest", "sketch_scales"):
+        if wrong := _negative(getattr(record, name), f"its array {name}"):
+            return wrong
+    if not np.frombuffer(record.changed, dtype="<u4").all():
+        return "a block that is said to have changed has no element that did"
     return None
 
 
-def _histogram_values(subject: Subject) -> str | None:
-    bins = np.frombuffer(subject.record.bins, dtype="<u2").astype(np.int64)
-    if (np.diff(bins) <= 0).any() or (bins >= _BINS).any():
+def _norms(subject: Subject) -> str | None:
+    norms = subject.record.squared_norms
+    return _whole(norms, 4, "its norms") or _negative(norms, "its array of norms")
+
+
+def _twin(subject: Subject) -> str | None:
+    found = len(subject.record.local)
+    return None if found == 24 else f"the key of its tensor has {found} bytes and not 24"
+
+
+def _negative(packed: bytes, what: str) -> str | None:
+    """Return what is wrong where an array of float32 has a number that is negative, infinite or none."""
+    numbers = np.frombuffer(packed, dtype="<f4")
+    sound = bool(((numbers >= 0) & np.isfinite(numbers)).all())
+    return None if sound else f"{what} has a number that is negative or not finite"
+
+
+def _histogram(subject: Subject) -> str | None:
+    try:
+        numbers = _short_numbers(zlib.decompress(subject.record.packed))
+    except zlib.error as error:
+        return f"it cannot be unpacked ({error})"
+    if not numbers.size or numbers.size != 1 + 2 * numbers[0]:
+        return f"it has {numbers.size} numbers"
+    gaps, counts = numbers[1 : 1 + numbers[0]], numbers[1 + numbers[0] :]
+    if (gaps[1:] == 0).any() or gaps.sum() >= _BINS:
         return f"its bins do not ascend below {_BINS}"
-    return None if np.frombuffer(subject.record.counts, dtype="<u8").all() else "a bin that is kept is empty"
+    return None if counts.all() else "a bin that is kept is empty"
+
+
+def _short_numbers(written: bytes) -> NDArray[np.int64]:
+    """Return numbers of which each byte has seven bits, the lowest first, the highest bit set where more follow."""
+    data = np.frombuffer(written, dtype=np.uint8).astype(np.int64)
+    ends = np.flatnonzero(data < 128)
+    if not ends.size:
+        return ends
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    sizes = ends - starts + 1
+    shifts = 7 * (np.arange(sizes.sum()) - np.repeat(starts, sizes))
+    found: NDArray[np.int64] = np.add.reduceat((data[: ends[-1] + 1] & 127) << np.minimum(shifts, 56), starts)
+    return found
 
 
 def _threshold_values(subject: Subject) -> str | None:
@@ -335,26 +372,42 @@ def _transaction_plan(subject: Subject) -> str | None:
     return None if subject.evidence.has("plans", plan_id.encode()) else f"its plan {plan_id} is not there"
 
 
+def _transaction_hashes(subject: Subject) -> str | None:
+    record = subject.record
+    if record.manifest and not _is_hexadecimal(record.manifest, 64):
+        return f"the hash of its manifest {record.manifest!r} is none"
+    if record.content and not _is_hexadecimal(record.content, _IDENTITY):
+        return f"the identity of what it wrote {record.content!r} is none"
+    if record.state in ("prepared", "committed") and not record.manifest:
+        return f"it is {record.state}, and does not say what it wrote"
+    return None
+
+
 INVARIANTS: Final = (
     Invariant("C20", "checkpoints", "the key is a local identity, and the path is absolute", _checkpoint_names),
     Invariant("C21", "checkpoints", "no count is negative", _checkpoint_numbers),
     Invariant("C22", "checkpoints", "an identity by content has 48 hexadecimal digits", _checkpoint_content),
     Invariant("C23", "contents", "the digest has 24 bytes, and the hash of each block 32", _content_sizes),
-    Invariant("C24", "contents", "of a tensor of one block both hashes are the same", _content_of_one_block),
-    Invariant("C25", "deltas", "the arrays have an entry for each block", _delta_sizes),
-    Invariant("C26", "deltas", "norms are not negative, and 0 where nothing changed", _delta_values),
-    Invariant("C27", "histograms", "there is a count for each bin", _histogram_sizes),
-    Invariant("C28", "histograms", "bins ascend below 32,768, and none is empty", _histogram_values),
-    Invariant("C29", "thresholds", "key and cut are what an element can have", _threshold_values),
-    Invariant("C30", "vectors", "it is whole numbers of 8 bytes", _vector_sizes),
-    Invariant("C31", "vocabularies", "ids and rows are whole numbers of 4 bytes", _vocabulary_sizes),
-    Invariant("C32", "vocabularies", "ids ascend from 0, and there is a token for each", _vocabulary_ids),
-    Invariant("C33", "vocabularies", "a row is one of a model, or -1", _vocabulary_rows),
-    Invariant("C34", "vocabularies", "files lie in the model's directory", _vocabulary_files),
-    Invariant("C35", "planes", "counts and sizes are what planes can have", _planes_numbers),
-    Invariant("C36", "planes", "the arrays have an entry for each cell, and for each cell and level", _planes_sizes),
-    Invariant("C37", "planes", "errors are not negative, and none rises with the level", _planes_values),
-    Invariant("C38", "planes", "the file is there as it was written, by size and time", _planes_file),
+    Invariant("C24", "contents", "tensors with the same digest have the same hashes of blocks", _content_alike),
+    Invariant("C25", "deltas", "the arrays have an entry for each block that changed", _delta_sizes),
+    Invariant(
+        "C26", "deltas", "no number is negative or infinite, and blocks that changed have changed", _delta_values
+    ),
+    Invariant("C27", "norms", "they are whole numbers of 4 bytes, none negative or infinite", _norms),
+    Invariant("C28", "twins", "the key of the tensor has 24 bytes", _twin),
+    Invariant(
+        "C29", "histograms", "bins ascend below 32,768, there is a count for each, and none is empty", _histogram
+    ),
+    Invariant("C30", "thresholds", "key and cut are what an element can have", _threshold_values),
+    Invariant("C31", "vectors", "it is whole numbers of 8 bytes", _vector_sizes),
+    Invariant("C32", "vocabularies", "ids and rows are whole numbers of 4 bytes", _vocabulary_sizes),
+    Invariant("C33", "vocabularies", "ids ascend from 0, and there is a token for each", _vocabulary_ids),
+    Invariant("C34", "vocabularies", "a row is one of a model, or -1", _vocabulary_rows),
+    Invariant("C35", "vocabularies", "files lie in the model's directory", _vocabulary_files),
+    Invariant("C36", "planes", "counts and sizes are what planes can have", _planes_numbers),
+    Invariant("C37", "planes", "the arrays have an entry for each cell, and for each cell and level", _planes_sizes),
+    Invariant("C38", "planes", "errors are not negative, and none rises with the level", _planes_values),
+    Invariant("C39", "planes", "the file is there as it was written, by size and time", _planes_file),
     Invariant("C40", "plans", "the key is the plan's id", _plan_key),
     Invariant("C41", "plans", "what is read is within the budget, and sizes and times are positive", _plan_numbers),
     Invariant("C42", "plans", "there are a recipe, a method, and inputs, each the base or an expert", _plan_texts),
@@ -371,5 +424,6 @@ INVARIANTS: Final = (
     Invariant("C61", "transactions", "state, process and time are what a run can have", _transaction_state),
     Invariant("C62", "transactions", "its paths are absolute", _transaction_paths),
     Invariant("C63", "transactions", "its plan is there", _transaction_plan),
+    Invariant("C64", "transactions", "hashes of what was written are there once it is prepared", _transaction_hashes),
 )
 """By table, in the order in which they are asked: nothing more is asked of a record that breaks one."""
