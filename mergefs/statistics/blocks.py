@@ -14,7 +14,7 @@ from mergefs.kernels.deltas import BlockMeasures
 from mergefs.kernels.sketch import SKETCH_SIZE, quantised
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place
-from mergefs.statistics.identity import statistic_keys, tensor_keys
+from mergefs.statistics.identity import keys_among, statistic_keys, tensor_keys
 
 HASH_BYTES: Final = 32
 _LARGEST_FLOAT: Final = float(np.finfo(np.float32).max)
@@ -67,9 +67,10 @@ class BlockDeltas:
 
 def known_deltas(expert: Place, base: Place, compute: DType, catalog: Catalog) -> BlockDeltas | None:
     """Return the block statistics from the catalog, or None; of a tensor that is the base's they are known anyway."""
-    if expert.dtype == base.dtype and set(tensor_keys(expert, catalog)) & set(tensor_keys(base, catalog)):
+    options = [tensor_keys(place, catalog) for place in (expert, base)]
+    if expert.dtype == base.dtype and set(options[0]) & set(options[1]):
         return BlockDeltas.unchanged(BlockGrid.of(base.shape).count)
-    for key in statistic_keys("delta", (expert, base), compute, 0, catalog):
+    for key in keys_among("delta", compute, 0, options):
         record = catalog.delta(key)
         if record is not None:
             return unpack(record)

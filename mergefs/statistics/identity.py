@@ -71,7 +71,11 @@ def statistic_keys(
     kind: str, places: Sequence[Place], compute: DType, argument: int | str, catalog: Catalog
 ) -> list[bytes]:
     """Return the keys that a statistic of ``places`` may be kept under, the best first."""
-    options = [tensor_keys(place, catalog) for place in places]
+    return keys_among(kind, compute, argument, [tensor_keys(place, catalog) for place in places])
+
+
+def keys_among(kind: str, compute: DType, argument: int | str, options: Sequence[tuple[bytes, ...]]) -> list[bytes]:
+    """Return the keys that a statistic may be kept under of tensors that have these ``tensor_keys``, the best first."""
     best = tuple(keys[0] for keys in options)
     local = tuple(keys[-1] for keys in options)
     return [statistic_key(kind, compute, argument, keys) for keys in dict.fromkeys((best, local))]
