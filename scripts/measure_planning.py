@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Measures planning under a budget: numbers alone, and a family of 70 billion parameters from the command line.
+
+``allocation`` takes 1.1 million pairs of an expert and a block, with eight experts in each block that are correlated
+with each other, from sketches to the blocks that are bought. ``family`` writes a base and eight experts with the shapes
+of a Llama of 70 billion parameters as sparse files, puts made-up statistics of them into a catalog (norms, sketches and
+hashes of all blocks, and the thresholds that ties asks for), and runs ``mergefs plan RECIPE --budget 25%``.
+
+Run it with the Python of an environment that mergefs is installed in: ``python scripts/measure_planning.py``.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+from bench import LLAMA_70B, Shape, environment, scratch, write_sparse_family
+
+from mergefs.catalog import Catalog
+from mergefs.catalog.records import ContentRecord, ThresholdRecord
+from mergefs.checkpoint.dtypes import BF16
+from mergefs.engine.workspace import Workspace
+from mergefs.kernels.sketch import quantised
+from mergefs.methods.contract import MagnitudeThreshold
+from mergefs.planner.allocation import Offer, allocate, correlations
+from mergefs.planner.build import PlanOptions, draft_plan
+from mergefs.planner.plan import TensorPlan
+from mergefs.recipe.model import load_recipe
+from mergefs.sources.place import Role
+from mergefs.statistics.blocks import HASH_BYTES, BlockDeltas, pack, pack_norms
+from mergefs.statistics.identity import KEY_BYTES, local_key, statistic_key
+
+PAIRS: Final = 1_100_000
+EXPERTS: Final = 8
+BLOCKS_OF_A_TENSOR: Final = 448
+BLOCK_BYTES: Final = 2**20
+BUDGET: Final = 0.25
+SKETCH: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What one run of ``mergefs plan`` took: seconds on the clock, and the most memory in bytes."""
+
+    seconds: float
+    memory: int
+
+
+def made_deltas(generator: np.random.Generator, blocks: int, experts: int) -> list[BlockDeltas]:
+    """Return block statistics of experts whose deltas have something in common, of blocks of any size."""
+    common = 0.5 * generator.standard_normal((blocks, SKETCH), dtype=np.float32)
+    scale = np.exp(generator.normal(0, 0.7, blocks)).astype(np.float32)
+    found = []
+    for _ in range(experts):
+        values = common + generator.standard_normal((blocks, SKETCH), dtype=np.float32)
+        values *= (scale * np.exp(generator.normal(0, 0.5, blocks)))[:, np.newaxis]
+        sketches, scales = quantised(values.astype(np.float32))
+        norms = (values.astype(np.float64) ** 2).sum(axis=1).astype(np.float32)
+        changed = np.full(blocks, 1000, dtype=np.uint32)
+        found.append(BlockDeltas(norms, norms, norms, changed, sketches, scales))
+    return found
+
+
+def made_offers(deltas: Sequence[Sequence[BlockDeltas]]) -> list[Offer]:
+    """Return the offers of tensors with these deltas, whose blocks cost the same."""
+    factors = np.array([0.5, 0.3, 0.4, -0.3, 0.2, 0.6, 0.3, -0.4])
+    offers = []
+    for tensor in deltas:
+        blocks = len(tensor[0].squared_norms)
+        shape = (EXPERTS, blocks)
+        offers.append(
+            Offer(
+                factors=factors,
+                spreads=np.zeros(EXPERTS),
+                energies=np.stack([known.squared_norms for known in tensor]).astype(np.float64),
+                correlations=correlations([known.sketches for known in tensor]),
+                givers=np.repeat(np.arange(EXPERTS, dtype=np.int16)[:, np.newaxis], blocks, axis=1),
+                is_open=np.ones(shape, dtype=np.bool_),
+                prices=np.full((*shape, 2), [0, BLOCK_BYTES], dtype=np.int64),
+                shares=np.full((*shape, 2), [1, 0], dtype=np.float32),
+                unbought=np.zeros(blocks),
+            )
+        )
+    return offers
+
+
+def measure_allocation(repeat: int) -> tuple[float, list[float], float]:
+    """Return the seconds of the first run, those of the others, and the relative error that is left."""
+    generator = np.random.default_rng(0)
+    blocks = PAIRS // EXPERTS
+    sizes = [min(BLOCKS_OF_A_TENSOR, blocks - first) for first in range(0, blocks, BLOCKS_OF_A_TENSOR)]
+    deltas = [made_deltas(generator, size, EXPERTS) for size in sizes]
+    limit = int(BUDGET * EXPERTS * blocks * BLOCK_BYTES)
+
+    def once() -> tuple[float, float]:
+        started = time.perf_counter()
+        bought = allocate(made_offers(deltas), limit)
+        return time.perf_counter() - started, (bought.left / bought.total) ** 0.5
+
+    first, error = once()
+    return first, [once()[0] for _ in range(repeat)], error
+
+
+def fill_catalog(recipe: Path, directory: Path) -> None:
+    """Put made-up statistics of all tensors of a family into its catalog."""
+    generator = np.random.default_rng(1)
+    with Catalog(directory / "catalog") as catalog:
+        for tensor in draft_plan(load_recipe(recipe), PlanOptions(), Workspace.create(catalog)).tensors:
+            fill_tensor(tensor, catalog, generator)
+            catalog.flush()
+
+
+def fill_tensor(tensor: TensorPlan, catalog: Catalog, generator: np.random.Generator) -> None:
+    """Put made-up statistics of one tensor into the catalog."""
+    blocks = tensor.grid.count
+    digests = [generator.bytes(KEY_BYTES) for _ in tensor.places]
+    for place, digest in zip(tensor.places, digests, strict=True):
+        catalog.keep_content(local_key(place), ContentRecord(digest, generator.bytes(blocks * HASH_BYTES)))
+    base = digests[tensor.roles.index(Role.BASE)]
+    catalog.keep_norms(statistic_key("norms", BF16, 0, (base,)), pack_norms([1.0] * blocks))
+    experts = [digest for digest, role in zip(digests, tensor.roles, strict=True) if role is Role.EXPERT]
+    for digest, deltas in zip(experts, made_deltas(generator, blocks, len(experts)), strict=True):
+        catalog.keep_delta(statistic_key("delta", BF16, 0, (digest, base)), pack(deltas))
+    if tensor.method is None or tensor.context is None:
+        return
+    for wanted in tensor.method.statistics(tensor.context):
+        if isinstance(wanted, MagnitudeThreshold):
+            key = statistic_key("threshold", BF16, wanted.keep, (digests[wanted.model], base))
+            catalog.keep_threshold(key, ThresholdRecord(1000, 0))
+
+
+def plan_once(recipe: Path, variables: dict[str, str]) -> Family:
+    """Run ``mergefs plan`` under a budget and return what it took; the kernel counts its memory."""
+    command = [sys.executable, "-m", "mergefs", "plan", str(recipe), "--budget", f"{BUDGET:.0%}", "--json"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    if process.stdout is None:
+        raise RuntimeError("the output of a process is not there")
+    with process.stdout as output:
+        outcome = json.loads(output.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or outcome["analysis_bytes_read"]:
+        raise click.ClickException(f"mergefs plan {recipe} did not plan from what the catalog knows")
+    return Family(time.perf_counter() - started, usage.ru_maxrss * 1024)
+
+
+def measure_family(shape: Shape, where: Path | None, repeat: int) -> dict[str, tuple[Family, list[Family]]]:
+    """Return for each method what its first plan took, and what others took of which the catalog has none yet."""
+    found = {}
+    with scratch(where) as directory:
+        ties, parameters = write_sparse_family(directory, shape, EXPERTS)
+        click.echo(f"{EXPERTS} experts of {parameters / 1e9:.1f} billion parameters", err=True)
+        fill_catalog(ties, directory)
+        document = json.loads(ties.read_text())
+        variables = environment(directory)
+        for method in ("task_arithmetic", "ties"):
+            runs = []
+            for number in range(repeat + 1):
+                recipe = directory / f"{method}-{number}.yml"
+                for position, entry in enumerate(document["models"]):
+                    entry["parameters"]["weight"] = 0.3 + position / 20 + number / 100
+                if method == "task_arithmetic":
+                    models = [
+                        {"model": entry["model"], "parameters": {"weight": entry["parameters"]["weight"]}}
+                        for entry in document["models"]
+                    ]
+                else:
+                    models = document["models"]
+                recipe.write_text(json.dumps(document | {"merge_method": method, "models": models}))
+                runs.append(plan_once(recipe, variables))
+            found[method] = (runs[0], runs[1:])
+    return found
+
+
+def line(name: str, seconds: Sequence[float], target: float) -> str:
+    """Return one line of the report."""
+    every = ", ".join(f"{one:.2f}" for one in seconds)
+    return f"{name}: median {statistics.median(seconds):.2f} s of {every} (to stay below {target:g} s)"
+
+
+@click.group()
+def main() -> None:
+    """Measure planning under a budget."""
+    click.echo(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    )
+
+
+@main.command()
+@click.option("--repeat", default=5, show_default=True, help="How often to measure.")
+def allocation(repeat: int) -> None:
+    """Buy from 1.1 million pairs of an expert and a block."""
+    first, others, error = measure_allocation(repeat)
+    click.echo(line(f"{PAIRS:,} pairs, {EXPERTS} experts", others, 3))
+    click.echo(f"the first run, with loading or compiling kernels: {first:.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    click.echo(f"relative error left at {BUDGET:.0%}: {error:.4f}; memory {peak / 1e9:.2f} GB, with what was made up")
+
+
+@main.command()
+@click.option("--repeat", default=3, show_default=True, help="How often to measure.")
+@click.option("--directory", type=click.Path(path_type=Path), help="Where to make the family.")
+def family(repeat: int, directory: Path | None) -> None:
+    """Plan a family of 70 billion parameters with eight experts."""
+    for method, (first, others) in measure_family(LLAMA_70B, directory, repeat).items():
+        click.echo(line(f"{method}, {EXPERTS} experts", [run.seconds for run in others], 10))
+        peak = max(run.memory for run in (first, *others))
+        click.echo(f"  the first run: {first.seconds:.2f} s; memory {peak / 1e9:.2f} GB (to stay below 1 GB)")
+
+
+if __name__ == "__main__":
+    main()
