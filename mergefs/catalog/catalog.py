@@ -53,6 +53,7 @@ class Catalog:
         self._environment = Environment.shared(path, TABLES)
         self._pending: list[Put] = []
         self._pending_lock = threading.Lock()
+        self._digests: dict[bytes, bytes] = {}
         self._check_format()
 
     def _check_format(self) -> None:
@@ -91,9 +92,17 @@ class Catalog:
         """Return the hashes of the tensor with the local key ``key``."""
         return self._get("contents", key, ContentRecord)
 
+    def content_digest(self, key: bytes) -> bytes | None:
+        """Return the hash of the tensor with the local key ``key``; it is asked for by every look at a statistic."""
+        known = self._digests.get(key)
+        if known is None and (record := self.content(key)) is not None:
+            known = self._digests[key] = record.digest
+        return known
+
     def keep_content(self, key: bytes, record: ContentRecord, about: bytes = b"") -> None:
         """Keep the hashes of a tensor at the next flush."""
         self._keep("contents", key, record, about)
+        self._digests.pop(key, None)
 
     def delta(self, key: bytes) -> DeltaRecord | None:
         """Return the block statistics of a delta."""

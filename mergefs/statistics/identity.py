@@ -1,6 +1,5 @@
 """What a tensor is called in the catalog: by its content once that is known, before that by its file."""
 
-import struct
 from collections.abc import Sequence
 
 from blake3 import blake3
@@ -16,12 +15,11 @@ KEY_BYTES = 24
 
 def digest(*parts: bytes | str | int) -> bytes:
     """Return a hash of ``parts`` that depends on each of them and on where one ends."""
-    hasher = blake3()
+    joined: list[bytes] = []
     for part in parts:
         data = str(part).encode() if isinstance(part, (int, str)) else part
-        hasher.update(struct.pack("<Q", len(data)))
-        hasher.update(data)
-    return hasher.digest(length=KEY_BYTES)
+        joined += (len(data).to_bytes(8, "little"), data)
+    return blake3(b"".join(joined)).digest(length=KEY_BYTES)
 
 
 def local_key(place: Place) -> bytes:
@@ -43,9 +41,9 @@ def local_key(place: Place) -> bytes:
 def tensor_keys(place: Place, catalog: Catalog) -> tuple[bytes, ...]:
     """Return the keys that statistics of this tensor may be kept under, the best first."""
     local = local_key(place)
-    content = catalog.content(local)
+    content = catalog.content_digest(local)
     if content is not None:
-        return (content.digest, local)
+        return (content, local)
     if isinstance(place, StoredTensor):
         return (local,)
     best = digest("computed", place.formula, *(tensor_keys(part, catalog)[0] for part in place.parts))
@@ -114,8 +112,8 @@ def checkpoint_identity(checkpoint: WeightSource, catalog: Catalog) -> str:
     if recorded is not None and recorded.content is not None:
         return recorded.content
     for tensor in checkpoint.tensors.values():
-        content = catalog.content(local_key(StoredTensor(checkpoint.shards[tensor.shard], tensor)))
+        content = catalog.content_digest(local_key(StoredTensor(checkpoint.shards[tensor.shard], tensor)))
         if content is None:
             return checkpoint.local_identity
-        known.append((tensor.name, tensor.dtype.name, tensor.shape, content.digest))
+        known.append((tensor.name, tensor.dtype.name, tensor.shape, content))
     return content_identity(known)
