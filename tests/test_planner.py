@@ -208,7 +208,7 @@ def test_exactly_the_bytes_that_are_equal_are_saved_and_the_merge_stays_as_it_is
 
 
 def test_no_budget_reads_nothing_but_headers(models: Family, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
     with Catalog(tmp_path / "catalog") as catalog:
         workspace = Workspace.create(catalog)
         ledger = workspace.ledger

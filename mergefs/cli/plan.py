@@ -87,6 +87,7 @@ def _experts(plan: "MergePlan") -> list[tuple["PlanInput", int, int]]:
 def _print(plan: "MergePlan", analysis: int, notes: bool) -> None:
     """Print the plan for people."""
     from mergefs.cli.output import print_pairs, print_table
+    from mergefs.reports.wording import largest_error, predicted_error
     from mergefs.units import format_size
 
     outcome = plan.outcome
@@ -100,7 +101,8 @@ def _print(plan: "MergePlan", analysis: int, notes: bool) -> None:
             f"({share:.1%}), {outcome.blocks_selected} of {outcome.blocks_total} blocks",
             "base": format_size(outcome.base_bytes),
             "output": f"{format_size(outcome.output_bytes)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}",
-            "predicted error": f"{outcome.predicted_relative_error:.4f} of the merged delta (an estimate)",
+            "predicted error": predicted_error(outcome),
+            "error at most": largest_error(outcome),
             "analysis read": format_size(analysis),
         }
     )

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mergefs.checkpoint.dtypes import DType
-from mergefs.engine.compute import convert, run_kernel
 from mergefs.engine.inputs import InputReader
+from mergefs.engine.merging import coefficients_of, merge_block
 from mergefs.engine.resources import Resources
 from mergefs.engine.tally import Tally
 from mergefs.errors import NonFiniteError, PlanError
@@ -129,15 +129,8 @@ class Engine:
         """Compute one block from the bytes that are bought."""
         if tensor.method is None or tensor.context is None:
             return self._copy(tensor, block, purpose)
-        selection = tensor.selection
-        start, _ = tensor.grid.bounds(block)
-        if selection is not None and not selection.computed[block]:
-            stand_in, dtype = self._inputs.stand_in(tensor, block)
-            return convert(stand_in, dtype, tensor.compute, tensor.dtype)
-        inputs = self._inputs.inputs(tensor, block, purpose)
-        coefficients = self._coefficients[tensor.name]
-        merged = run_kernel(tensor.method, coefficients, inputs, tensor.compute, tensor.dtype, start)
-        if not is_finite(merged, tensor.dtype):
+        merged, inputs = merge_block(tensor, self._coefficients[tensor.name], self._inputs, block, purpose)
+        if inputs and not is_finite(merged, tensor.dtype):
             self._report_non_finite(tensor, inputs, block)
         return merged
 
@@ -156,14 +149,9 @@ class Engine:
 
     def _coefficients_of(self, tensor: TensorPlan) -> None:
         """Keep the coefficients of a tensor, gathering its statistics on the first touch."""
-        method, context = tensor.method, tensor.context
-        if method is None or context is None:
-            raise ValueError("a copied tensor has no coefficients")
-        # A number of the recipe may be too large for a dtype: what comes of it is looked at in the results.
-        with self._gathering[tensor.name], np.errstate(all="ignore"):
+        with self._gathering[tensor.name]:
             if tensor.name not in self._coefficients:
-                answers = self._resources.statistics.all_answers(method, context, tensor.places)
-                self._coefficients[tensor.name] = method.coefficients(context, answers)
+                self._coefficients[tensor.name] = coefficients_of(tensor, self._resources.statistics)
 
     def _report_non_finite(self, tensor: TensorPlan, inputs: tuple[tuple[Raw, DType], ...], block: int) -> None:
         """Say, once for each tensor, that a merge has NaN or infinity in it and where they come from."""

@@ -46,7 +46,7 @@ class InputReader:
         if base is not None:
             instead = (self.whole(tensor, base, block, purpose), tensor.places[base].dtype)
         elif (levels != WHOLE).any():
-            instead = self.stand_in(tensor, block)
+            instead = self.stand_in(tensor, block, purpose)
         found: list[Run] = []
         for index, place in enumerate(tensor.places):
             giver = int(selection.givers[index, block])
@@ -67,12 +67,12 @@ class InputReader:
                 found.append((assembled, tensor.compute))
         return tuple(found)
 
-    def stand_in(self, tensor: TensorPlan, block: int) -> Run:
+    def stand_in(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Run:
         """Return the bytes that stand in for what is not bought."""
         if tensor.stand_in is None:
             raise PlanError(f"tensor {tensor.name!r}: nothing stands in for blocks that are not bought")
         with self._tally.charge(tensor, len(tensor.places)):
-            return self.bytes_at(tensor.stand_in, tensor, block, Purpose.EXPERT), tensor.stand_in.dtype
+            return self.bytes_at(tensor.stand_in, tensor, block, purpose), tensor.stand_in.dtype
 
     def whole(self, tensor: TensorPlan, index: int, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block of one input, on the account of its role."""

@@ -24,6 +24,7 @@ from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
+from mergefs.planner.prediction.prediction import NOTHING_LEFT_OUT, Prediction, Predictor
 from mergefs.planner.selection import select_blocks, select_everything
 from mergefs.planner.tensors import TensorPlanner
 from mergefs.planner.tokenizer import plan_tokenizer
@@ -80,28 +81,30 @@ def make_plan(
     Without a budget only headers are read, unless the plan is to be ``identified``: then every input whose contents are
     not known is hashed first, and the plan is the same on every machine. A budget below all expert bytes needs block
     statistics: what is missing is gathered first, which reads the models once for the blocks and again for what the
-    method asks for. The ledger counts all of that as analysis. Without ``gather`` nothing is read for it, and missing
-    block statistics are a BudgetError.
+    method asks for, and what the budget leaves out of a merge that is not linear is measured on some of its blocks. The
+    ledger counts all of that as analysis. Without ``gather`` nothing is read for it, and missing block statistics are a
+    BudgetError.
     """
     drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
     total = sum(tensor.expert_bytes for tensor in draft.tensors)
     limit = total if options.budget is None else parse_budget(options.budget).limit(total)
-    error = 0.0
+    prediction = NOTHING_LEFT_OUT
     if limit < total:
         _require_stand_in(draft, options)
         if gather:
             analyze_draft(draft, workspace, progress or Silence())
         draft = drafter.draft(recipe)  # again, since the models now have identities by content
         result = select_blocks(draft.tensors, workspace.catalog, workspace.statistics, limit)
-        draft, error = replace(draft, tensors=result.tensors), result.predicted_relative_error
+        prediction = Predictor(workspace).predict(result.tensors, measure=gather)
+        draft = replace(draft, tensors=result.tensors)
     elif identified and any(is_local(checkpoint_identity(source, workspace.catalog)) for source in draft.sources):
         identify(draft.sources, workspace.catalog, workspace.reader, progress or Silence())
         draft = drafter.draft(recipe)
     if limit >= total:
         draft = replace(draft, tensors=select_everything(draft.tensors, workspace.catalog))
     # A budget that pays for everything is no budget: the same plan, and the same files.
-    plan = _assemble(draft, options, limit if limit < total else None, error, workspace.catalog)
+    plan = _assemble(draft, options, limit if limit < total else None, prediction, workspace.catalog)
     if options.base is not None and recipe.bases:
         plan = replace(plan, notes=(*plan.notes, f"{recipe.origin} names its own base, so --base is not used for it"))
     _keep(plan, workspace.catalog)
@@ -160,7 +163,7 @@ class Drafter:
         draft = self.draft(recipe)
         # Its tokenizer may be needed by the other, whatever the merged model is to have.
         options = replace(self._options, budget=None, copy_tokenizer=True)
-        return _assemble(draft, options, None, 0.0, self._catalog)
+        return _assemble(draft, options, None, NOTHING_LEFT_OUT, self._catalog)
 
 
 def _donor(recipe: Recipe, opened: Mapping[ModelReference, PlanInput], stand_in: PlanInput | None) -> InputModel:
@@ -213,7 +216,7 @@ def _require_stand_in(draft: Draft, options: PlanOptions) -> None:
 
 
 def _assemble(
-    draft: Draft, options: PlanOptions, budget_bytes: int | None, error: float, catalog: Catalog
+    draft: Draft, options: PlanOptions, budget_bytes: int | None, prediction: Prediction, catalog: Catalog
 ) -> MergePlan:
     """Lay out the files and name the plan."""
     plan_id = plan_identity(
@@ -238,7 +241,7 @@ def _assemble(
         companions=_companions(draft, options),
         tensors={tensor.name: tensor for tensor in draft.tensors},
         files=lay_out(draft.tensors, options.max_shard_size),
-        outcome=_outcome(draft.tensors, budget_bytes, error),
+        outcome=_outcome(draft.tensors, budget_bytes, prediction),
         options=options,
         notes=draft.notes,
         created_ns=known.created_ns if known else time.time_ns(),
@@ -252,7 +255,7 @@ def _companions(draft: Draft, options: PlanOptions) -> Mapping[str, FileContent]
     return {name: content for name, content in draft.companions.items() if not is_tokenizer_file(name)}
 
 
-def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: float) -> BudgetOutcome:
+def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, prediction: Prediction) -> BudgetOutcome:
     """Add up what the plan costs."""
     blocks = selected = 0
     for tensor in tensors:
@@ -269,7 +272,12 @@ def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, error: flo
         output_bytes=sum(tensor.nbytes for tensor in tensors),
         blocks_total=blocks,
         blocks_selected=selected,
-        predicted_relative_error=error,
+        predicted_relative_error=prediction.relative_error,
+        predicted_by=prediction.how,
+        predicted_standard_error=prediction.standard_error,
+        error_bound=prediction.bound,
+        error_bound_relative=prediction.relative_bound,
+        merged_delta_norm=prediction.merged_norm,
     )
 
 

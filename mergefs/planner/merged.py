@@ -45,21 +45,7 @@ class MergedTensor(Place):
     @property
     def formula(self) -> bytes:
         """The method with everything that it knows of the tensor."""
-        plan, context = self.plan, self.plan.context
-        if plan.method is None or context is None:
-            return b"copied"
-        content = {
-            "method": plan.method.specification.name,
-            "origin": str(method_origin(plan.method.specification.name)),
-            "tensor": context.name,
-            "dtype": plan.dtype.name,
-            "compute": plan.compute.name,
-            "base": context.base,
-            "shared": _plain(context.shared),
-            "per_model": [_plain(values) for values in context.per_model],
-            "seed": context.seed,
-        }
-        return b"merged " + json.dumps(content, sort_keys=True).encode()
+        return merge_formula(self.plan)
 
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
         """Compute the elements, on the account of the inputs of the merge."""
@@ -88,3 +74,22 @@ class MergedTensor(Place):
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters with the kind of each, so that no two mean the same text."""
     return {name: [type(value).__name__, value] for name, value in values.items()}
+
+
+def merge_formula(plan: TensorPlan) -> bytes:
+    """Return the method that merges a tensor with everything that it knows of it but the contents of the inputs."""
+    context = plan.context
+    if plan.method is None or context is None:
+        return b"copied"
+    content = {
+        "method": plan.method.specification.name,
+        "origin": str(method_origin(plan.method.specification.name)),
+        "tensor": context.name,
+        "dtype": plan.dtype.name,
+        "compute": plan.compute.name,
+        "base": context.base,
+        "shared": _plain(context.shared),
+        "per_model": [_plain(values) for values in context.per_model],
+        "seed": context.seed,
+    }
+    return b"merged " + json.dumps(content, sort_keys=True).encode()

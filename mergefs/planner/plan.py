@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
@@ -161,7 +161,14 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class BudgetOutcome:
-    """What a plan costs and what it leaves out. Bytes; errors are relative to the norm of the whole merged delta."""
+    """What a plan costs and what it leaves out. Bytes, and Euclidean norms over all elements of the model.
+
+    ``merged_delta_norm`` is what the full merge is expected to differ from the base by, None where nothing was left out
+    and so nothing had to be known. The predicted relative error is the expected norm of what the budget changes,
+    divided by it: from norms and angles of the deltas ("gram"), or from blocks that were merged both ways: all of them
+    ("exact", which it is too where nothing is left out) or a sample, with its standard error. ``error_bound`` is a norm
+    that the budget changes the merge by at most, None where nothing is certain.
+    """
 
     budget_bytes: int | None
     expert_bytes_total: int
@@ -171,6 +178,11 @@ class BudgetOutcome:
     blocks_total: int
     blocks_selected: int
     predicted_relative_error: float
+    predicted_by: Literal["exact", "gram", "sampled"]
+    predicted_standard_error: float | None
+    error_bound: float | None
+    error_bound_relative: float | None
+    merged_delta_norm: float | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

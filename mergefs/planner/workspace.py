@@ -1,10 +1,11 @@
 """What planning works with, and what it asks of whoever computes merged tensors."""
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.kernels.precision import Raw
-from mergefs.planner.plan import MergePlan
+from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.service import StatisticsService
@@ -41,3 +42,6 @@ class Workspace(Protocol):
 
     def compute(self, plan: MergePlan) -> MergedReader:
         """Return what computes the tensors of ``plan``."""
+
+    def merge_blocks(self, tensor: TensorPlan, blocks: Sequence[int]) -> Iterator[Raw]:
+        """Yield the bytes of blocks of a merged tensor, of what its selection buys; what is read counts as analysis."""

@@ -1,6 +1,6 @@
 """Numbers of reports as people read them, the same in the terminal and on the page."""
 
-from mergefs.planner.plan import MergePlan
+from mergefs.planner.plan import BudgetOutcome, MergePlan
 from mergefs.reports.spending import Amount
 from mergefs.units import format_size
 
@@ -60,5 +60,27 @@ def facts(plan: MergePlan) -> dict[str, str]:
         f"({share:.1%})",
         "base": format_size(outcome.base_bytes),
         "output": format_size(outcome.output_bytes),
-        "predicted error": f"{outcome.predicted_relative_error:.4f} of the merged delta",
+        "predicted error": predicted_error(outcome),
+        "error at most": largest_error(outcome),
     }
+
+
+def predicted_error(outcome: BudgetOutcome) -> str:
+    """Return the error that is expected, and what kind of number it is."""
+    number = f"{outcome.predicted_relative_error:.4f} of the merged delta"
+    if outcome.predicted_by == "exact":
+        return f"{number} (exact)" if outcome.predicted_relative_error else "none"
+    if outcome.predicted_standard_error is None:
+        return f"{number} (an estimate, from norms and angles of the deltas)"
+    return f"{number} +- {outcome.predicted_standard_error:.4f} (an estimate, from a sample of merged blocks)"
+
+
+def largest_error(outcome: BudgetOutcome) -> str:
+    """Return the bound of the error that is certain."""
+    if outcome.error_bound is None:
+        return "not known for certain"
+    if outcome.error_bound == 0:
+        return "none"
+    relative = outcome.error_bound_relative
+    beside = "" if relative is None else f", {relative:.4f} of the merged delta"
+    return f"{outcome.error_bound:.4g} in the Euclidean norm{beside} (certain)"
