@@ -11,7 +11,7 @@ from mergefs.planner.plan import TensorPlan
 from mergefs.progress import Progress
 from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.blocks import known_deltas, known_norms
+from mergefs.statistics.blocks import deltas_are_known, known_norms
 from mergefs.statistics.gathering import analyze_tensor, hash_tensor
 from mergefs.statistics.identity import checkpoint_identity, local_key
 from mergefs.statistics.service import StatisticsService
@@ -131,7 +131,7 @@ def _missing(tensors: Iterable[TensorPlan], catalog: Catalog) -> list[_Work]:
         experts: dict[tuple[bytes, ...], Place] = {}
         for place, role in zip(tensor.places, tensor.roles, strict=True):
             key = (local_key(place), *about_base)
-            if role is Role.EXPERT and key not in begun and known_deltas(place, base, compute, catalog) is None:
+            if role is Role.EXPERT and key not in begun and not deltas_are_known(place, base, compute, catalog):
                 experts[key] = place
         lacks = about_base not in begun and (
             catalog.content(local_key(base)) is None or known_norms(base, compute, catalog) is None

@@ -68,13 +68,26 @@ class BlockDeltas:
 def known_deltas(expert: Place, base: Place, compute: DType, catalog: Catalog) -> BlockDeltas | None:
     """Return the block statistics from the catalog, or None; of a tensor that is the base's they are known anyway."""
     options = [tensor_keys(place, catalog) for place in (expert, base)]
-    if expert.dtype == base.dtype and set(options[0]) & set(options[1]):
+    if _are_equal(expert, base, options):
         return BlockDeltas.unchanged(BlockGrid.of(base.shape).count)
     for key in keys_among("delta", compute, 0, options):
         record = catalog.delta(key)
         if record is not None:
             return unpack(record)
     return None
+
+
+def deltas_are_known(expert: Place, base: Place, compute: DType, catalog: Catalog) -> bool:
+    """Return whether ``known_deltas`` has an answer, without unpacking it."""
+    options = [tensor_keys(place, catalog) for place in (expert, base)]
+    return _are_equal(expert, base, options) or any(
+        catalog.delta(key) is not None for key in keys_among("delta", compute, 0, options)
+    )
+
+
+def _are_equal(expert: Place, base: Place, keys: Sequence[tuple[bytes, ...]]) -> bool:
+    """Return whether two tensors with these ``tensor_keys`` have the same bytes, and these the same meaning."""
+    return expert.dtype == base.dtype and bool(set(keys[0]) & set(keys[1]))
 
 
 def known_norms(place: Place, compute: DType, catalog: Catalog) -> NDArray[np.float32] | None:
