@@ -24,6 +24,7 @@ ROOMS = (
     ("planner",),
     ("engine",),
     ("comparison", "materialize", "mount", "reports", "testing"),
+    ("upkeep",),
     ("api",),
     ("demo",),
     ("cli",),

@@ -2,12 +2,15 @@
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
+from mergefs.catalog.directory import PLANES
 from mergefs.catalog.envelope import Envelope, UnsealedError, decode, enclose, today, unseal
 from mergefs.catalog.environment import Environment, Put
 from mergefs.catalog.naming import key_of_entry, name_of_key
@@ -44,6 +47,17 @@ def default_location() -> Path:
         return Path(named)
     home = os.environ.get("XDG_DATA_HOME")
     return (Path(home) if home else Path.home() / ".local" / "share") / "mergefs" / "catalog"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A record with its key and its value, the day (since 1970) that it was kept on, and what it is about."""
+
+    key: bytes
+    value: bytes
+    day: int
+    about: bytes
+    record: Any
 
 
 class Catalog:
@@ -248,6 +262,41 @@ class Catalog:
     def counts(self) -> dict[str, int]:
         """Return the number of records in each table."""
         return {table: self._environment.count(table) for table in SCHEMA}
+
+    def kept(self, table: str) -> list["Kept"]:
+        """Return every record of a table, with what surrounds it."""
+        found = []
+        for key, value in self._environment.items(table):
+            envelope = self._decode(table, key, value, SCHEMA[table].record)
+            found.append(Kept(key, value, envelope.day, envelope.about, envelope.record))
+        return found
+
+    def space(self) -> dict[str, int]:
+        """Return the bytes on disk by kind: each table, free pages, and files of planes."""
+        sizes = self._environment.sizes()
+        planes = self.path / PLANES
+        files = sum(path.stat().st_blocks * 512 for path in planes.iterdir()) if planes.is_dir() else 0
+        return sizes | {"plane files": files}
+
+    # -- upkeep -------------------------------------------------------------------------------------------------------
+
+    def remove(self, records: Iterable[tuple[str, "Kept"]]) -> int:
+        """Remove records (with their tables) that nobody has written anew meanwhile; return how many those were."""
+        return self._environment.remove([(table, kept.key, kept.value) for table, kept in records])
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Keep other processes out, if none has the catalog open; lends whether that is so."""
+        with self._environment.alone() as is_alone:
+            yield is_alone
+
+    def other_users(self) -> str:
+        """Return the other processes that have the catalog open, as words."""
+        return self._environment.other_users()
+
+    def compact(self) -> None:
+        """Copy the data without its free pages. Only while ``alone`` lends that this process is."""
+        self._environment.compact()
 
     def size_on_disk(self) -> int:
         """Return the bytes that the catalog takes."""

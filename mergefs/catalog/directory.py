@@ -120,12 +120,16 @@ class Users:
         return alone
 
     def try_alone(self) -> bool:
-        """Hold the lock alone, if nobody else has it; else it is held as before, or not at all."""
+        """Hold the lock alone, if nobody else has it; else it is not held at all."""
         return self._try(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Let others in."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        """Hold the lock with others. Raises CatalogError where one of them has taken it alone in between."""
+        if not self._try(fcntl.LOCK_SH):
+            raise CatalogError(
+                f"{self._directory}: {self.names()} has just taken the catalog for itself, to compact or repair it; "
+                "run the command again"
+            )
 
     def close(self) -> None:
         """Give the lock back."""
@@ -195,6 +199,15 @@ def stretch(path: Path, size: int) -> None:
 def sync_directory(path: Path) -> None:
     """Make the entries of a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,6 +10,7 @@ without any for what nobody has written. A data file that is shorter than its pa
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,17 @@ from typing import Any, ClassVar
 
 import lmdb
 
-from mergefs.catalog.directory import DATA, READERS, Users, allocate, refuse_network, stretch
+from mergefs.catalog.directory import (
+    COMPACTING,
+    DATA,
+    READERS,
+    Users,
+    allocate,
+    refuse_network,
+    stretch,
+    sync_directory,
+    sync_file,
+)
 from mergefs.errors import CatalogError
 
 _INITIAL_MAP = 16 * 2**20
@@ -139,6 +150,47 @@ class Environment:
         """Return the number of keys in ``table``."""
         with self._transaction(write=False) as transaction:
             return int(transaction.stat(self._tables[table])["entries"])
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of the pages of each table, and of those that are free or hold LMDB's own."""
+        with self.view() as view:
+            tables = {table: view.size(table) for table in self._tables}
+            rest = (self._file_sizes()[1]) - sum(tables.values())
+        return tables | {"free": rest}
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Keep other processes out, if none has the catalog open; lends whether that is so."""
+        is_alone = self._users.try_alone()
+        if not is_alone:
+            self._users.share()  # asking has given up what was held
+        try:
+            yield is_alone
+        finally:
+            if is_alone:
+                self._users.share()
+
+    def other_users(self) -> str:
+        """Return the other processes that have the catalog open, as words."""
+        return self._users.names()
+
+    def compact(self) -> None:
+        """Put a copy without free pages in the place of the data file; nobody else may have the catalog open."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._active == 0 and self._growers == 0)
+            place = self._path / COMPACTING
+            try:
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                self._lmdb.copy(str(place), compact=True)
+                sync_file(place / DATA)
+                self._lmdb.close()
+                (place / DATA).replace(self._path / DATA)
+                sync_directory(self._path)
+                place.rmdir()
+                self._open(tuple(self._tables))
+            except (lmdb.Error, OSError) as error:
+                raise self._explain("compacted", error) from error
 
     def size_on_disk(self) -> int:
         """Return the bytes that the file takes on the disk."""

@@ -3,6 +3,7 @@
 import click
 
 from mergefs.cli.catalog_check import command as check
+from mergefs.cli.catalog_gc import command as gc
 from mergefs.cli.settings import Settings
 
 
@@ -23,6 +24,7 @@ def info(settings: Settings, as_json: bool) -> None:
     with Catalog(settings.catalog or default_location()) as catalog:
         counts = catalog.counts()
         size = catalog.size_on_disk()
+        space = catalog.space()
         models = catalog.checkpoints()
         path = catalog.path
     if as_json:
@@ -31,6 +33,7 @@ def info(settings: Settings, as_json: bool) -> None:
                 "path": str(path),
                 "size_bytes": size,
                 "records": counts,
+                "bytes": space,
                 "models": [
                     {"path": m.path, "tensors": m.tensors, "total_bytes": m.total_bytes, "content": m.content}
                     for m in models
@@ -39,10 +42,13 @@ def info(settings: Settings, as_json: bool) -> None:
         )
         return
     print_pairs({"catalog": str(path), "size": format_size(size)})
-    print_table(("table", "records"), [(name, str(count)) for name, count in counts.items()], numeric=(1,))
+    kinds = dict.fromkeys((*counts, *(kind for kind, taken in space.items() if taken)))
+    tables = [(kind, str(counts.get(kind, "")), format_size(space[kind])) for kind in kinds]
+    print_table(("table", "records", "size"), tables, numeric=(1, 2))
     if models:
         rows = [(m.path, str(m.tensors), format_size(m.total_bytes), m.content or "not analysed") for m in models]
         print_table(("model", "tensors", "size", "identity"), rows, numeric=(1, 2))
 
 
 command.add_command(check)
+command.add_command(gc)

@@ -19,6 +19,7 @@ from mergefs.mount.mountinfo import (
     MountEntry,
     all_mounts,
     find_mount,
+    list_mounts,
     resolve_mountpoint,
     state,
     within_deadline,
@@ -203,3 +204,13 @@ def _wait_for_end(server: int, mountpoint: Path) -> None:
         if poll.poll(left * 1000):
             return
     raise MountError(f"{mountpoint} is unmounted, but its server has not ended within {_SERVER_DEADLINE:.0f} s")
+
+
+def shown_plans() -> frozenset[str]:
+    """Return the ids of the plans that the mounts of this machine show, as far as their servers answer."""
+    found: set[str] = set()
+    for entry in list_mounts():
+        with contextlib.suppress(OSError, ValueError):
+            plans = read_status(entry).get("plan_ids", [])
+            found.update(map(str, plans if isinstance(plans, list) else []))
+    return frozenset(found)

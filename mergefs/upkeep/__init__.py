@@ -1,0 +1,1 @@
+"""Keeping the catalog small: what nothing needs any more is found and removed."""
