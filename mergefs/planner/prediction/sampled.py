@@ -23,7 +23,7 @@ from mergefs.planner.merged import merge_formula
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.prediction.expected import Expected
 from mergefs.planner.workspace import Workspace
-from mergefs.statistics.identity import digest, tensor_keys
+from mergefs.statistics.identity import digest, sources_of, tensor_keys
 
 EVERYTHING_BYTES: Final = 64 * 2**20
 """Of a model with no more bytes of experts every block is merged; of others about so many are read."""
@@ -74,7 +74,10 @@ class Sampler:
         found = self._everything(candidates) if total <= EVERYTHING_BYTES else self._drawn(candidates, total)
         numbers = (found.error, found.merged, math.nan if found.variance is None else found.variance)
         record = VectorRecord(np.array(numbers, dtype="<f8").tobytes())
-        self._workspace.catalog.keep_vector(self._key(candidates), record)
+        # The tensors of a model come and go together, so the largest says whether there still is anything to know.
+        places = max(candidates, key=lambda candidate: candidate.tensor.nbytes).tensor.places if candidates else ()
+        catalog = self._workspace.catalog
+        catalog.keep_vector(self._key(candidates), record, sources_of(catalog, *places))
         self._workspace.catalog.flush()
         return found
 
