@@ -111,7 +111,7 @@ def _together(linear: Totals, measured: Measured | None, bound: float | None) ->
     error, merged = linear.error + measured.error, linear.merged + measured.merged
     relative = math.sqrt(error / merged) if merged > 0 else 0.0
     if measured.variance is None:
-        return Prediction(relative, math.sqrt(merged), "gram" if linear.error > 0 else "exact", bound=bound)
+        return Prediction(relative, math.sqrt(merged), "gram" if linear.merged > 0 else "exact", bound=bound)
     spread = math.sqrt(measured.variance) * measured.merged / merged if merged > 0 else 0.0
     standard_error = spread / (2 * relative) if relative > 0 else 0.0
     return Prediction(relative, math.sqrt(merged), "sampled", standard_error, bound)

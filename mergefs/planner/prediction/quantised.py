@@ -25,6 +25,8 @@ Numbers: TypeAlias = NDArray[np.float64]
 _TERMS: Final = 6
 _FEW_STEPS: Final = 0.12
 """Below so many steps the series need more terms, and what they add up to is simple."""
+_MANY_STEPS: Final = 10.0
+"""From so many steps on, what rounding adds does not depend on their number any more."""
 _BINADES: Final = range(-12, 3)
 """How many powers of two the sizes of elements of the base are looked for beside their root mean square."""
 _PARTS: Final = 32
@@ -38,19 +40,19 @@ def rounded_change(change: Numbers, beside: Numbers, base: Numbers, dtype: DType
     the base, whose mean square is ``base`` (float64, one entry for each block). ``on_grid`` says that the base consists
     of numbers of ``dtype``.
     """
-    result: Numbers = np.zeros_like(change)
+    added: Numbers = np.zeros_like(change)
     root = np.sqrt(np.maximum(base, np.finfo(np.float64).tiny))
     octave = np.floor(np.log2(root))
     part = np.minimum(((np.log2(root) - octave) * _PARTS).astype(np.int64), _PARTS - 1)
     for binade, likely in zip(_BINADES, _likely_sizes(), strict=True):
         step = 2 * unit_roundoff(dtype) * np.exp2(octave + binade)
-        steps = np.sqrt(change) / step
-        anywhere = steps**2 + _noise(steps)
+        steps = np.minimum(np.sqrt(change) / step, _MANY_STEPS)
+        more = _noise(steps)
         if on_grid:
-            spread = _gain(np.sqrt(beside) / step)
-            anywhere = spread * anywhere + (1 - spread) * _of_the_grid(steps)
-        result = result + likely[part] * anywhere * step**2
-    return result
+            spread = _gain(np.minimum(np.sqrt(beside) / step, _MANY_STEPS))
+            more = spread * more + (1 - spread) * (_of_the_grid(steps) - steps**2)
+        added = added + likely[part] * more * step**2
+    return np.maximum(change + added, 0.0)
 
 
 @lru_cache(maxsize=1)
@@ -73,8 +75,7 @@ def _likely_sizes() -> tuple[Numbers, ...]:
 
 def _decays(steps: Numbers) -> list[Numbers]:
     """Return the means of ``cos(2 pi k x)`` of normal numbers with these standard deviations, for k from 1 on."""
-    squares = np.minimum(steps, 10.0) ** 2
-    return [np.exp(-2 * (math.pi * k) ** 2 * squares) for k in range(1, _TERMS + 1)]
+    return [np.exp(-2 * (math.pi * k * steps) ** 2) for k in range(1, _TERMS + 1)]
 
 
 def _noise(steps: Numbers) -> Numbers:
