@@ -16,7 +16,9 @@ from mergefs.planner.build import Draft, PlanOptions, analyze_draft, draft_plan
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.planes import delta_tasks
+from mergefs.planner.prediction.prediction import Predictor
 from mergefs.planner.selection import select_blocks
+from mergefs.planner.spending import spend
 from mergefs.planner.strategy import Strategy
 from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
@@ -27,8 +29,8 @@ PLANES = 4
 class Analysed:
     """A family of two experts whose deltas are in the catalog, in planes too."""
 
-    def __init__(self, models: Family, directory: Path, workspace: Workspace) -> None:
-        recipe = load_recipe(write_recipe(directory / "ties.yml", MERGES["ties"], models))
+    def __init__(self, name: str, models: Family, directory: Path, workspace: Workspace) -> None:
+        recipe = load_recipe(write_recipe(directory / f"{name}.yml", MERGES[name], models))
         self.workspace = workspace
         draft = draft_plan(recipe, PlanOptions(), workspace)
         analyze_draft(draft, workspace, Silence())
@@ -52,7 +54,14 @@ def analysed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Analysed]:
     directory = tmp_path_factory.mktemp("strategies")
     models = family(directory / "models", experts=2, dtype=torch.bfloat16, tied=False, shards=1)
     with Catalog(directory / "catalog") as catalog:
-        yield Analysed(models, directory, Workspace.create(catalog))
+        yield Analysed("ties", models, directory, Workspace.create(catalog))
+
+
+@pytest.fixture(scope="module")
+def linear(analysed: Analysed, tmp_path_factory: pytest.TempPathFactory) -> Analysed:
+    directory = tmp_path_factory.mktemp("linear")
+    models = family(directory / "models", experts=2, dtype=torch.bfloat16, tied=False, shards=1)
+    return Analysed("task_arithmetic", models, directory, analysed.workspace)
 
 
 def levels_of(tensors: tuple[TensorPlan, ...]) -> set[int]:
@@ -107,3 +116,31 @@ def test_without_angles_the_largest_norms_are_bought(analysed: Analysed) -> None
     assert left
     # What fills the rest of the budget is the exception: a small tensor that still fits.
     assert np.median(bought) > np.median(left)
+
+
+# The best of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.6])
+def test_a_method_that_is_not_linear_gets_the_way_that_leaves_the_least(analysed: Analysed, share: float) -> None:
+    tensors, prediction = spend(analysed.draft.tensors, int(share * analysed.total), analysed.workspace)
+    predictor = Predictor(analysed.workspace)
+    assert predictor.predict(tensors).relative_error == prediction.relative_error
+    assert prediction.how != "gram"
+    ways = (
+        *(Strategy(), Strategy(together=True), Strategy(fewest_planes=3)),
+        *(Strategy(planes=False), Strategy(planes=False, angles=False), Strategy(planes=False, together=True)),
+    )
+    errors = [predictor.predict(analysed.select(share, way)).relative_error for way in ways]
+    assert prediction.relative_error == min(errors)
+    assert len(set(errors)) > 1
+
+
+def test_a_linear_method_needs_no_try(linear: Analysed) -> None:
+    before = linear.workspace.ledger.totals().analysis_bytes_read
+    tensors, prediction = spend(linear.draft.tensors, linear.total // 4, linear.workspace)
+    assert prediction.how == "gram"
+    assert linear.workspace.ledger.totals().analysis_bytes_read == before
+    chosen = [tensor.selection.levels.tobytes() for tensor in tensors if tensor.selection is not None]
+    by_worth = [tensor.selection.levels.tobytes() for tensor in linear.select(0.25, Strategy()) if tensor.selection]
+    assert chosen == by_worth

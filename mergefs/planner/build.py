@@ -24,8 +24,9 @@ from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
-from mergefs.planner.prediction.prediction import NOTHING_LEFT_OUT, Prediction, Predictor
-from mergefs.planner.selection import select_blocks, select_everything
+from mergefs.planner.prediction.prediction import NOTHING_LEFT_OUT, Prediction
+from mergefs.planner.selection import select_everything
+from mergefs.planner.spending import spend
 from mergefs.planner.tensors import TensorPlanner
 from mergefs.planner.tokenizer import plan_tokenizer
 from mergefs.planner.vocabulary import Alignment
@@ -82,8 +83,8 @@ def make_plan(
     not known is hashed first, and the plan is the same on every machine. A budget below all expert bytes needs block
     statistics: what is missing is gathered first, which reads the models once for the blocks and again for what the
     method asks for, and what the budget leaves out of a merge that is not linear is measured on some of its blocks. The
-    ledger counts all of that as analysis. Without ``gather`` nothing is read for it, and missing block statistics are a
-    BudgetError.
+    ledger counts all of that as analysis. Without ``gather`` nothing is read for block statistics, and missing ones
+    are a BudgetError.
     """
     drafter = Drafter(options, workspace, progress or Silence())
     draft = drafter.draft(recipe)
@@ -95,9 +96,8 @@ def make_plan(
         if gather:
             analyze_draft(draft, workspace, progress or Silence())
         draft = drafter.draft(recipe)  # again, since the models now have identities by content
-        result = select_blocks(draft.tensors, workspace.catalog, workspace.statistics, limit)
-        prediction = Predictor(workspace).predict(result.tensors, measure=gather)
-        draft = replace(draft, tensors=result.tensors)
+        tensors, prediction = spend(draft.tensors, limit, workspace)
+        draft = replace(draft, tensors=tensors)
     elif identified and any(is_local(checkpoint_identity(source, workspace.catalog)) for source in draft.sources):
         identify(draft.sources, workspace.catalog, workspace.reader, progress or Silence())
         draft = drafter.draft(recipe)
