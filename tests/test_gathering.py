@@ -27,19 +27,23 @@ from mergefs.catalog import Catalog
 from mergefs.catalog.schema import TABLES
 from mergefs.checkpoint import open_checkpoint
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
+from mergefs.errors import NonFiniteError
 from mergefs.kernels.deltas import MAGNITUDE_BINS, ReferenceMeter
 from mergefs.kernels.precision import load, store
 from mergefs.methods.contract import MagnitudeThreshold
+from mergefs.progress import Silence
 from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.blocks import BlockDeltas, known_deltas, known_norms, pack, unpack
+from mergefs.statistics.contents import identify
 from mergefs.statistics.gathering import analyze_tensor, hash_tensor
 from mergefs.statistics.histograms import known_histogram
 from mergefs.statistics.histograms import pack as pack_histogram
 from mergefs.statistics.histograms import unpack as unpack_histogram
+from mergefs.statistics.identity import checkpoint_identity
 from mergefs.statistics.service import StatisticsService
 
 NAME = "w.weight"
@@ -177,6 +181,26 @@ def test_equal_bytes_of_another_dtype_are_another_tensor(shelf: Shelf) -> None:
     shelf.analyze(base, same_bytes)
     assert (shelf.deltas(same_bytes, base).changed == 64).all()
     assert shelf.histogram(same_bytes, base)[0] == 0
+
+
+def test_a_base_that_was_hashed_without_a_look_at_its_values_is_looked_at(shelf: Shelf) -> None:
+    tensor = base_tensor()
+    tensor[6, 1] = torch.nan
+    model = write_model(shelf.directory / "damaged", {NAME: tensor}, {}, tokenizer_files=False)
+    identify([open_checkpoint(model)], shelf.catalog, shelf.reader, Silence())
+    base, expert = StoredTensor.of(open_checkpoint(model), NAME), shelf.put("expert", tensor)
+    with pytest.raises(NonFiniteError, match=r"damaged.*holds nan at element 97"):
+        shelf.analyze(base, expert)
+
+
+def test_a_model_is_known_by_the_same_content_whoever_hashed_it(shelf: Shelf) -> None:
+    model = write_model(shelf.directory / "model", {NAME: base_tensor()}, {}, tokenizer_files=False)
+    opened = open_checkpoint(model)
+    identify([opened], shelf.catalog, shelf.reader, Silence())
+    with Catalog(shelf.directory / "another catalog") as catalog:
+        hash_tensor(StoredTensor.of(opened, NAME), catalog, shelf.reader)
+        catalog.flush()
+        assert checkpoint_identity(opened, shelf.catalog) == checkpoint_identity(opened, catalog)
 
 
 # What is read ---------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def analyze_family(
         place
         for places in stored.values()
         for place in places
-        if (key := local_key(place)) not in covered and catalog.content(key) is None
+        if (key := local_key(place)) not in covered and catalog.content_digest(key) is None
     ]
     lacking = {local_key(place) for entry in work for place in entry.lacking} | set(map(local_key, rest))
     known = {
@@ -134,7 +134,7 @@ def _missing(tensors: Iterable[TensorPlan], catalog: Catalog) -> list[_Work]:
             if role is Role.EXPERT and key not in begun and not deltas_are_known(place, base, compute, catalog):
                 experts[key] = place
         lacks = about_base not in begun and (
-            catalog.content(local_key(base)) is None or known_norms(base, compute, catalog) is None
+            catalog.content_digest(local_key(base)) is None or known_norms(base, compute, catalog) is None
         )
         if experts or lacks:
             begun |= {about_base, *experts}

@@ -15,7 +15,7 @@ from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.identity import KEY_BYTES, local_key
+from mergefs.statistics.identity import content_digest, local_key
 
 _FLUSH_BYTES: Final = 256 * 2**20
 
@@ -52,10 +52,9 @@ def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceRe
 
 
 def _hash(place: StoredTensor, reader: SourceReader) -> ContentRecord:
-    """Return the hashes of one tensor as a whole and by blocks."""
-    whole, blocks = blake3(), []
-    for start, stop in BlockGrid.of(place.shape):
-        raw = place.read(reader, start, stop, Purpose.ANALYSIS)
-        whole.update(raw.data)
-        blocks.append(blake3(raw.data).digest())
-    return ContentRecord(whole.digest(length=KEY_BYTES), b"".join(blocks))
+    """Return the hashes of one tensor's blocks, and what it is known by."""
+    hashes = [
+        blake3(place.read(reader, start, stop, Purpose.ANALYSIS).data).digest()
+        for start, stop in BlockGrid.of(place.shape)
+    ]
+    return ContentRecord(content_digest(place.dtype, place.shape, hashes), b"".join(hashes))

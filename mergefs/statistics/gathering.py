@@ -112,9 +112,9 @@ class _Base:
         raw = self._read(block)
         self._values = in_dtype(raw, self.place.dtype, self.compute)
         norm = self._meter.squared_norm(self._values)
+        if not np.isfinite(norm):  # or it may have become so in the compute dtype
+            refuse_non_finite(self.place, raw, start)
         if self.content is None:
-            if not np.isfinite(norm):  # or it may have become so in the compute dtype
-                refuse_non_finite(self.place, raw, start)
             self.hashes.append(_hash(raw))
         if self._norms is not None:
             self._norms.append(norm)

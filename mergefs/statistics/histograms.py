@@ -11,6 +11,7 @@ from mergefs.catalog.records import HistogramRecord
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.deltas import MAGNITUDE_BINS
 from mergefs.sources.place import Place
+from mergefs.statistics.blocks import known_norms
 from mergefs.statistics.identity import local_key, statistic_keys
 
 _SEVEN_BITS = 0x7F
@@ -24,8 +25,9 @@ def histogram_keys(expert: Place, base: Place, compute: DType, catalog: Catalog)
 
 def known_histogram(expert: Place, base: Place, compute: DType, catalog: Catalog) -> NDArray[np.int64] | None:
     """Return how many magnitudes of the delta fall into each of the 32,768 bins, or None where that is not known."""
-    contents = [catalog.content(local_key(place)) for place in (expert, base)]
-    if contents[0] is not None and contents[1] is not None and contents[0].digest == contents[1].digest:
+    first, second = (catalog.content_digest(local_key(place)) for place in (expert, base))
+    # The delta of a NaN is none; only a base that was measured is known to have no NaN.
+    if first is not None and first == second and known_norms(base, compute, catalog) is not None:
         counts: NDArray[np.int64] = np.zeros(MAGNITUDE_BINS, dtype=np.int64)
         counts[0] = expert.elements
         return counts
