@@ -115,7 +115,7 @@ class Worker:
             text=True,
             start_new_session=True,
         )
-        name = str(arguments[0])
+        name = next(str(one) for one in arguments if one in ("analyze", "plan", "materialize", "mount"))
         life = self.chance.uniform(0, _LONGEST_LIFE) if self.chance.randrange(_KILLED_OF) == 0 else None
         try:
             output, errors = process.communicate(timeout=_DEADLINE if life is None else life)
@@ -194,6 +194,7 @@ def soak(directory: Path, seconds: float, processes: int, seed: int) -> dict[str
         for future in [pool.submit(worker.run) for worker in workers]:
             future.result()
     _kill_orphans()
+    clear_mounts_below(directory)
     for step in ("after the work", "after gc"):
         _examine(shared, step)
         _run(shared, step, "catalog", "gc", "--older-than", "0", "--compact")

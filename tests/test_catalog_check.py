@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import torch
 from checkpoints import family
+from mounting import ROOT
 from recipes import MERGES, write_recipe
 from sound_catalog import ENTRY, KEY, LOCAL, PLAN, RECORDS, Hands
 
@@ -259,6 +260,12 @@ def test_every_table_of_the_schema_has_a_sound_record_to_damage_and_says_what_it
     for name, table in SCHEMA.items():
         assert tuple(table.fields) == table.record.__struct_fields__, name
     assert {invariant.table for invariant in INVARIANTS} | {"numbers"} == set(SCHEMA), "a number may be any"
+
+
+def test_the_document_says_what_the_schema_and_the_invariants_say() -> None:
+    script = ROOT / "scripts" / "document_catalog.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # What real work leaves ------------------------------------------------------------------------------------------------

@@ -391,7 +391,10 @@ INVARIANTS: Final = (
     Invariant("C24", "contents", "tensors with the same digest have the same hashes of blocks", _content_alike),
     Invariant("C25", "deltas", "the arrays have an entry for each block that changed", _delta_sizes),
     Invariant(
-        "C26", "deltas", "no number is negative or infinite, and blocks that changed have changed", _delta_values
+        "C26",
+        "deltas",
+        "no number is negative or infinite, and each block said to have changed has",
+        _delta_values,
     ),
     Invariant("C27", "norms", "they are whole numbers of 4 bytes, none negative or infinite", _norms),
     Invariant("C28", "twins", "the key of the tensor has 24 bytes", _twin),
