@@ -46,6 +46,7 @@ class TensorOffers(Sequence[Offer]):
         self._catalog = catalog
         self._statistics = statistics
         self._strategy = strategy
+        self._with_planes = strategy.planes and catalog.counts()["planes"] > 0
         self._stocks: dict[int, Stock] = {}
         self._parts = [_Part(number, kind) for number, tensor in enumerate(tensors) for kind in _kinds(tensor)]
 
@@ -65,7 +66,7 @@ class TensorOffers(Sequence[Offer]):
         if missing:
             raise BudgetError(f"{missing[0].describe()} has no block statistics; run `mergefs analyze` on the recipe")
         if part.tensor not in self._stocks:
-            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._strategy.planes)
+            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._with_planes)
         stock = self._stocks[part.tensor]
         response = response_of(tensor, self._statistics)
         if response is None or tensor.stand_in is None:
