@@ -19,6 +19,7 @@ from mergefs.errors import MaterializeError, NonFiniteError, PlanError
 from mergefs.materialize.journal import Journal, Prepared, Read, Recorded, Work
 from mergefs.materialize.manifest import MANIFEST_NAME, BytesRead, Manifest, read_manifest
 from mergefs.materialize.staging import Staging, cannot_create, locked
+from mergefs.materialize.system import sync_directory
 from mergefs.materialize.transaction import Transaction, abandon, is_committed, refuse_unfinished, settle, unfinished
 from mergefs.materialize.verify import verify
 from mergefs.materialize.writer import ModelWriter, Written, write_file
@@ -166,7 +167,9 @@ class _Run:
                 self._stage.model.mkdir(parents=True, exist_ok=True)
                 return Journal.go_on(self._stage.journal, self._recorded)
             self._stage.create()
-            return Journal.begin(self._stage.journal, self._work)
+            journal = Journal.begin(self._stage.journal, self._work)
+            sync_directory(self._stage.path)  # or its name may be lost, and with it all that it will tell
+            return journal
         except OSError as error:
             raise cannot_create(self._stage.path, error) from error
 

@@ -102,6 +102,8 @@ def locked(destination: Path) -> Iterator[Staging]:
     made = _missing_parents(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
+        for parent in made:
+            sync_directory(parent.parent)
         lock = _lock(path, destination)
     except OSError as error:
         raise cannot_create(staging_path(destination), error) from error

@@ -20,7 +20,7 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.journal import Journal, Piece, Read
 from mergefs.materialize.manifest import PIECE, FileEntry, TensorEntry
-from mergefs.materialize.system import read_all, sync, write_all
+from mergefs.materialize.system import read_all, sync, sync_directory, write_all
 from mergefs.planner.plan import OutputFile
 from mergefs.progress import Progress
 
@@ -128,6 +128,7 @@ class ModelWriter:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
+                sync_directory(path.parent)  # so that the name is there as soon as pieces are
                 if os.fstat(descriptor).st_size > file.size:
                     os.ftruncate(descriptor, file.size)
                 with _Durable(descriptor, file.name, self._journal, syncing, self._spent) as durable:
