@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
+from checkpoints import Family, family
 from mounting import environment
+from recipes import MERGES, write_recipe
+
+from mergefs.catalog import Catalog
+from mergefs.materialize.manifest import manifest_hash
+from mergefs.materialize.verify import verify
 
 _SERVER: Final = Path(__file__).with_name("command_server.py")
 
@@ -166,3 +175,93 @@ def points(log: Path) -> list[Point]:
 def counting(log: Path) -> list[str]:
     """Return the options with which strace writes the log that ``points`` reads."""
     return ["-o", str(log), "--string-limit=0", "-e", f"trace={','.join(CHANGING)}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a model is written that may die: over an old model, or where nothing is."""
+
+    server: CommandServer
+    directory: Path
+    catalogs: Path
+    recipe: Path
+    old_model: Path | None
+    expected: str
+
+    @property
+    def place(self) -> Path:
+        """The directory above the destination; nothing else may stay in it."""
+        return self.directory / "place"
+
+    @property
+    def out(self) -> Path:
+        return self.place / "out"
+
+    @property
+    def catalog(self) -> Path:
+        return self.catalogs / "catalog"
+
+    @property
+    def command(self) -> tuple[str | Path, ...]:
+        return ("materialize", "--resume", "--overwrite", self.recipe, self.out)
+
+    def prepare(self) -> None:
+        """Bring back the old state, with a catalog that knows the hashes of the inputs."""
+        for path in (self.place, self.catalog):
+            shutil.rmtree(path, ignore_errors=True)
+        self.place.mkdir()
+        shutil.copytree(self.catalogs / "known", self.catalog)
+        if self.old_model is not None:
+            shutil.copytree(self.old_model, self.out)
+
+    def check(self) -> str:
+        """Assert that the destination is absent, old or new, and sound; return which."""
+        if not self.out.exists():
+            assert self.old_model is None
+            return "absent"
+        found = verify(self.out).manifest
+        assert found in ([] if self.old_model is None else [manifest_hash(self.old_model)]) + [self.expected]
+        return "new" if found == self.expected else "old"
+
+    def recover(self) -> None:
+        """Run the command again, and assert that all is as it should be in the end."""
+        self.server.run(*self.command, catalog=self.catalog)
+        assert verify(self.out).manifest == self.expected
+        assert [path.name for path in self.place.iterdir()] == ["out"]
+        with Catalog(self.catalog) as catalog:
+            assert {one.state for one in catalog.transactions()} <= {"committed", "aborted"}
+
+
+def crash_models(directory: Path) -> Family:
+    """Return models of three pieces."""
+    return family(
+        directory, experts=2, dtype=torch.bfloat16, tied=False, shards=1, hidden=128, layers=1, vocabulary=4500
+    )
+
+
+@contextmanager
+def crash_stages(models: Family, directory: Path, catalogs: Path) -> Iterator[dict[str, Stage]]:
+    """Lend two stages by name: with nothing at the destination, and with another model there."""
+    known = catalogs / "known"
+    recipe = write_recipe(directory / "recipe.yml", MERGES["task_arithmetic"], models)
+    other = write_recipe(directory / "other.yml", MERGES["linear without a base"], models)
+    with command_server(directory, "materialize", recipe, directory / "expected", catalog=known) as server:
+        server.run("materialize", other, directory / "old", catalog=known)
+        expected = manifest_hash(directory / "expected")
+        assert expected is not None
+        yield {
+            name: Stage(server, directory, catalogs, recipe, old, expected)
+            for name, old in (("absent", None), ("replaced", directory / "old"))
+        }
+
+
+def die_at_random_times(stage: Stage, times: int, chance: random.Random) -> dict[str, int]:
+    """Kill the command at random times, and recover; return how often which state was left."""
+    left = {"absent": 0, "old": 0, "new": 0}
+    longest = 0.4
+    for _ in range(times):
+        stage.prepare()
+        stage.server.run_and_kill(chance.uniform(0, longest), *stage.command, catalog=stage.catalog)
+        left[stage.check()] += 1
+        stage.recover()
+    return left

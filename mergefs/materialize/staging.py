@@ -48,23 +48,22 @@ class Staging:
 
     def commit(self) -> None:
         """Make the staged model the destination, durably; what it replaces is then in its place here."""
-        for directory in sorted((d for d in self.model.rglob("*") if d.is_dir()), reverse=True):
-            sync_directory(directory)
-        sync_directory(self.model)
-        sync_directory(self.path)
-        replaces = self.destination.is_dir() and any(self.destination.iterdir())
         try:
-            if replaces:
+            for directory in sorted((d for d in self.model.rglob("*") if d.is_dir()), reverse=True):
+                sync_directory(directory)
+            sync_directory(self.model)
+            sync_directory(self.path)
+            if self.destination.is_dir() and any(self.destination.iterdir()):
                 exchange(self.model, self.destination)
             else:
                 self.model.rename(self.destination)
+            sync_directory(self.destination.parent)
+            sync_directory(self.path)
         except OSError as error:
             raise MaterializeError(
-                f"{self.destination}: the finished model could not be put there ({error.strerror}); "
-                "make the directory above it writable and run again with --resume"
+                f"{self.destination}: the finished model could not be put there for good ({error.strerror}); "
+                "make the directory above it writable, or repair the disk, and run again with --resume"
             ) from error
-        sync_directory(self.destination.parent)
-        sync_directory(self.path)
 
     def remove(self) -> None:
         """Remove all that is staged, the journal last: while there is one, what is left tells what it is."""
