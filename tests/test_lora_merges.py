@@ -346,6 +346,32 @@ def test_a_tensor_is_bought_as_a_whole_or_not_at_all(large: Experts, tmp_path: P
         assert outcomes == {True, False}
 
 
+def test_a_budget_is_shared_by_an_adapter_and_a_model_of_its_own(large: Experts, tmp_path: Path) -> None:
+    """What is bought as a whole and what is bought by blocks compete for the same bytes."""
+    other = llama(vocabulary=2 * BLOCK_ELEMENTS // 32 + 5)(tmp_path / "other", BF16)
+    document = large.document("task_arithmetic", WEIGHT[0])
+    document["models"].append({"model": str(other), "parameters": {"weight": 0.01}})
+    recipe = write_document(tmp_path / "recipe.yml", document)
+    errors, bought = [], set()
+    for budget in ("0", "1%", "3%", "20%", "60%", "99.9%", "100%"):
+        with mergefs.open(recipe, budget=budget, catalog=tmp_path / "catalog") as model:
+            outcome = model.plan.outcome
+            before = model.bytes_read["expert_bytes_read"]
+            for file in model.plan.files:
+                model.read_file(file.name)
+            read = model.bytes_read["expert_bytes_read"] - before
+            assert read == outcome.expert_bytes_planned <= (outcome.budget_bytes or outcome.expert_bytes_total)
+            errors.append(outcome.predicted_relative_error)
+            for tensor in model.plan.tensors.values():
+                for index, place in enumerate(tensor.places):
+                    if tensor.selection is not None and not place.divisible:
+                        assert tensor.selection.bought[index].all() == tensor.selection.bought[index].any()
+                        bought.add(bool(tensor.selection.bought[index].all()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > errors[-1] == 0
+    assert bought == {True, False}
+
+
 def test_what_an_adapter_leaves_alone_costs_nothing_and_is_not_measured(bf16: Experts, tmp_path: Path) -> None:
     recipe = write_document(tmp_path / "recipe.yml", bf16.document("task_arithmetic", WEIGHT[0]))
     with mergefs.open(recipe, budget="50%", catalog=tmp_path / "catalog") as model:
