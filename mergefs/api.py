@@ -14,11 +14,10 @@ from mergefs.engine.resources import DEFAULT_CACHE_SIZE, Resources
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MergefsError
 from mergefs.kernels.precision import Raw
-from mergefs.planner.build import make_plan
 from mergefs.planner.options import DEFAULT_SHARD_SIZE, PlanOptions
 from mergefs.planner.plan import MergePlan, TensorPlan
+from mergefs.planner.targets import plan_target
 from mergefs.progress import Progress
-from mergefs.recipe.model import load_recipe
 from mergefs.units import parse_size
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def open_model(
     verify_reads: bool = True,
     progress: Progress | None = None,
 ) -> MergedModel:
-    """Plan the recipe file and return the merged model without mounting it.
+    """Plan the recipe file and return the merged model without mounting it; ``recipe`` may be the id of a kept plan.
 
     ``budget``, ``base`` and ``random_seed`` mean what they mean on the command line; sizes are bytes or text such as
     ``"2GiB"``. ``verify_reads`` holds what is read against the hashes of the last analysis. Raises the errors of
@@ -165,7 +164,7 @@ def open_model(
     opened = Catalog(Path(catalog) if catalog else default_location())
     resources = Workspace.create(opened, _size(cache_size), verify_reads)
     try:
-        plan = make_plan(load_recipe(Path(recipe)), options, resources, progress)
+        plan = plan_target(Path(recipe), options, resources, progress)
         return MergedModel(plan, resources)
     except BaseException:
         resources.close()

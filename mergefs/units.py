@@ -41,3 +41,14 @@ def format_size(size: int | float) -> str:
         return f"{int(value)} B"
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{value:.{digits}f} {units[0]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration with its two largest units, such as ``2 d 5 h``."""
+    left = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])

@@ -239,7 +239,7 @@ def test_a_plan_that_reads_everything_has_no_map_in_the_terminal(
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
     assert main(["explain", str(recipe)]) == 0
     shown = capsys.readouterr().out
-    assert "expert-1: everything is read, and nothing is left out" in shown
+    assert "expert-1: nothing is left out" in shown
     assert "bytes bought, %" not in shown
 
 
@@ -432,8 +432,9 @@ def test_a_mount_keeps_what_was_read_of_it(explained: Explained, directory: Path
 
 def test_bytes_that_are_read_again_count_apart(explained: Explained) -> None:
     with open_model(explained.recipe, budget=BUDGET, cache_size=1) as model:
+        name = next(name for name, tensor in model.plan.tensors.items() if tensor.planned_expert_bytes)
         for _ in range(2):
-            model.get_tensor("lm_head.weight")
+            model.get_tensor(name)
         read = model.bytes_read
         plan_id = model.plan.plan_id
     with Catalog(default_location()) as catalog:

@@ -3,6 +3,8 @@
 Fields are stored in order, without their names: new ones go to the end and have a default.
 """
 
+from typing import Any
+
 import msgspec
 
 
@@ -124,7 +126,13 @@ class InputRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PlanRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A plan: what is needed to make it again, and to say what it was."""
+    """A plan: what is needed to make it again, and to say what it was.
+
+    ``directories`` are those that relative paths of the recipe count from. ``options`` and ``outcome`` are the fields
+    of ``PlanOptions`` and ``BudgetOutcome`` by name. ``made_by`` says what else the id follows from: the version of
+    mergefs, the package that the method is from, what identifies a merged tokenizer. Plans that were kept before these
+    fields were have none of them, and cannot be made again.
+    """
 
     plan_id: str
     recipe: str
@@ -137,6 +145,10 @@ class PlanRecord(msgspec.Struct, frozen=True, array_like=True):
     max_shard_size: int
     inputs: tuple[InputRecord, ...]
     created_ns: int
+    directories: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
+    made_by: dict[str, str] = {}
 
 
 class SelectionRecord(msgspec.Struct, frozen=True, array_like=True):

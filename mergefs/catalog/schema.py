@@ -190,6 +190,11 @@ SCHEMA: Final[Mapping[str, Table]] = {
             "max_shard_size": "largest size of a merged file, bytes",
             "inputs": "models: reference, path, role (`base` or `expert`), identity, local identity",
             "created_ns": "when it was made, nanoseconds since 1970",
+            "directories": "absolute directories that relative paths of the recipe count from, the first before the "
+            "others",
+            "options": "options that it was made with, by name",
+            "outcome": "what it costs and what it leaves out, by name; bytes, and errors relative to the merged delta",
+            "made_by": "version of mergefs; package of the method, and hash of the merged tokenizer, where there are",
         },
         again="it is made again when its recipe is planned",
     ),

@@ -74,14 +74,13 @@ def _side(target: Path, options: "PlanOptions", workspace: "Workspace", listener
     """Open one of the two."""
     from mergefs.comparison.sides import directory_side, plan_side
     from mergefs.errors import UsageError
-    from mergefs.planner.build import make_plan
-    from mergefs.recipe.model import load_recipe
+    from mergefs.planner.targets import plan_target
 
     if os.path.isdir(target):  # noqa: PTH112 - is_dir() raises where access is denied
         if options.budget is not None:
             raise UsageError(f"--budget is for recipes, and {target} is a model directory; leave it out")
         return directory_side(target, workspace.catalog)
-    return plan_side(make_plan(load_recipe(target), options, workspace, listener), workspace)
+    return plan_side(plan_target(target, options, workspace, listener), workspace)
 
 
 def _json(a: "Side", b: "Side", comparison: "Comparison", limit: int | None) -> dict[str, object]:

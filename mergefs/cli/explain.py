@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="explain", epilog=MERGEKIT_EPILOG)
-@click.argument("recipe", metavar="RECIPE", type=click.Path(path_type=Path))
+@click.argument("recipe", metavar="RECIPE_OR_PLAN", type=click.Path(path_type=Path))
 @plan_arguments
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page for a browser to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 def command(settings: Settings, recipe: Path, arguments: PlanArguments, html: Path | None, as_json: bool) -> None:
     """Show where the bytes of a budget go: heat maps, layers x kinds of tensors, of what is bought and what is left.
 
-    Once the plan has been read, what was planned stands beside what was really read.
+    RECIPE_OR_PLAN is a recipe, or the id of a plan, of which the beginning is enough. Once the plan has been read, what
+    was planned stands beside what was really read.
     """
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
     from mergefs.engine.workspace import Workspace
-    from mergefs.planner.build import make_plan
-    from mergefs.recipe.model import load_recipe
+    from mergefs.planner.targets import plan_target
     from mergefs.reports.explanation import explain
 
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
         with progress(settings.quiet) as listener:
-            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener)
+            plan = plan_target(recipe, arguments.options(), workspace, listener)
         explanation = explain(plan, workspace)
     finally:
         workspace.close()

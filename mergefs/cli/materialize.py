@@ -91,15 +91,14 @@ def _materialize(
     from mergefs.cli.signals import ended_by_signals
     from mergefs.engine.workspace import Workspace
     from mergefs.materialize.materialize import Interrupted, materialize
-    from mergefs.planner.build import make_plan
-    from mergefs.recipe.model import load_recipe
+    from mergefs.planner.targets import plan_target
 
     catalog = Catalog(settings.catalog or default_location())
     workspace = Workspace.create(catalog, _CACHE_SIZE, how.verify_reads)
     interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:
-            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener, identified=how.verify_reads)
+            plan = plan_target(recipe, arguments.options(), workspace, listener, how.verify_reads)
             return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted)
     except MaterializeError:
         raise  # which says itself how to go on

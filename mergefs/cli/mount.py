@@ -42,14 +42,15 @@ def command(
     """Show merged models as a read-only directory.
 
     One RECIPE makes MOUNTPOINT the model's directory; several, or a directory of recipes, make one directory for each.
-    Returns when the mount answers.
+    The id of a plan, or its beginning, stands for the recipe that it was made from. Returns when the mount answers.
     """
     from mergefs.mount.daemon import MountOptions, refuse_sources_inside, serve
     from mergefs.mount.mountinfo import resolve_mountpoint
     from mergefs.mount.mountpoint import refuse_catalog_inside
+    from mergefs.planner.plan_ids import names_plan
 
     target = resolve_mountpoint(mountpoint)
-    paths = tuple(absolute(recipe) for recipe in recipes)
+    paths = tuple(recipe if names_plan(recipe) else absolute(recipe) for recipe in recipes)
 
     def build() -> "Tree":
         """Build the tree; called in the process that serves it, because what this imports must not be forked."""

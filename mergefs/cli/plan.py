@@ -8,32 +8,50 @@ import click
 
 from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, plan_arguments
 from mergefs.cli.settings import Settings
+from mergefs.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mergefs.planner.plan import MergePlan, PlanInput
+    from mergefs.reports.curve import Point
 
 
 @click.command(name="plan", epilog=MERGEKIT_EPILOG)
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", metavar="RECIPE_OR_PLAN", type=click.Path(path_type=Path))
 @plan_arguments
+@click.option("--sweep", metavar="LIST", help="Show what several budgets would bring: 1%,5%,25%,100%. Keeps no plan.")
+@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw the curve of the sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
-def command(settings: Settings, recipe: Path, arguments: PlanArguments, as_json: bool) -> None:
+def command(
+    settings: Settings,
+    recipe: Path,
+    arguments: PlanArguments,
+    sweep: str | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Show what a recipe reads and what it costs, without reading more than it must.
 
-    A budget below 100 % needs statistics of every block; what the catalog lacks is gathered first.
+    A budget below 100 % needs statistics of every block; what the catalog lacks is gathered first. The plan is kept in
+    the catalog: its id, or the beginning of it, can be given in place of the recipe from then on.
     """
+    if sweep is not None:
+        _sweep(settings, recipe, arguments, sweep, plot, as_json)
+        return
+    if plot is not None:
+        raise UsageError("--plot draws the curve of a sweep; say of which budgets: --sweep 5%,25%,50%,100%")
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
     from mergefs.engine.workspace import Workspace
-    from mergefs.planner.build import make_plan
-    from mergefs.recipe.model import load_recipe
+    from mergefs.planner.targets import plan_target
 
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
         with progress(settings.quiet) as listener:
-            plan = make_plan(load_recipe(recipe), arguments.options(), workspace, listener)
+            plan = plan_target(recipe, arguments.options(), workspace, listener)
     finally:
         workspace.close()
     analysis = workspace.ledger.totals().analysis_bytes_read
@@ -41,6 +59,62 @@ def command(settings: Settings, recipe: Path, arguments: PlanArguments, as_json:
         print_json(_json(plan, analysis))
     else:
         _print(plan, analysis, notes=not settings.quiet)
+
+
+def _sweep(
+    settings: Settings, target: Path, arguments: PlanArguments, sweep: str, plot: Path | None, as_json: bool
+) -> None:
+    """Print, and draw, what several budgets would bring."""
+    from mergefs.catalog import Catalog, default_location
+    from mergefs.cli.files import write_whole
+    from mergefs.cli.output import print_json
+    from mergefs.cli.progress import progress
+    from mergefs.engine.workspace import Workspace
+    from mergefs.planner.sweep import parse_sweep
+    from mergefs.planner.sweep import sweep as plans_within
+    from mergefs.planner.targets import recipe_target
+    from mergefs.reports.curve import draw, format_of, point
+
+    if arguments.budget is not None:
+        raise UsageError("--budget and --sweep both say what may be read; give one of them")
+    budgets = parse_sweep(sweep)
+    kind = None if plot is None else format_of(plot)
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    try:
+        with progress(settings.quiet) as listener:
+            recipe, options = recipe_target(target, arguments.options(), workspace.catalog)
+            plans = plans_within(recipe, options, budgets, workspace, listener)
+            points = [point(budget, plan) for budget, plan in zip(budgets, plans, strict=True)]
+    finally:
+        workspace.close()
+    if plot is not None and kind is not None:
+        write_whole(plot, draw(points, Path(recipe.origin).name, kind))
+    if as_json:
+        print_json({"method": recipe.method, "points": [{**asdict(entry), "share": entry.share} for entry in points]})
+        return
+    _print_sweep(points)
+    if plot is not None and not settings.quiet:
+        click.echo(f"drew {plot}")
+
+
+def _print_sweep(points: "Sequence[Point]") -> None:
+    """Print the curve as a table."""
+    from mergefs.cli.output import print_table
+    from mergefs.units import format_size
+
+    rows = [
+        (
+            entry.budget,
+            format_size(entry.planned),
+            f"{entry.share:.1%}",
+            f"{entry.error:.4f}",
+            "-" if entry.bound is None else f"{entry.bound:.4f}",
+            entry.plan_id,
+        )
+        for entry in points
+    ]
+    print_table(("budget", "bytes", "share", "predicted error", "at most", "plan"), rows, numeric=(1, 2, 3, 4))
+    click.echo("errors are relative to the merged delta; no plan was kept: `mergefs plan --budget` keeps one")
 
 
 def _json(plan: "MergePlan", analysis: int) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergefs.errors import MountError
-from mergefs.units import format_size
+from mergefs.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from mergefs.mount.mountinfo import MountEntry
@@ -115,13 +115,5 @@ def _size(value: object) -> str:
 
 
 def _duration(seconds: object) -> str:
-    """Return a duration with its two largest units, such as ``2 d 5 h``."""
-    if not isinstance(seconds, int | float):
-        return "-"
-    left = int(seconds)
-    parts: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or parts or unit == "s":
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])
+    """Return a duration for people, or a dash when it is not known."""
+    return format_duration(seconds) if isinstance(seconds, int | float) else "-"

@@ -107,7 +107,7 @@ def recompute(
 def _planned_again(directory: Path, resources: Workspace, progress: Progress | None) -> ModelFiles:
     """Return the files of the model as they are computed from the sources now."""
     provenance = _read_provenance(directory)
-    recipe = parse_recipe(provenance.recipe, str(directory / PROVENANCE_NAME), directory)
+    recipe = parse_recipe(provenance.recipe, str(directory / PROVENANCE_NAME), Path.cwd(), directory)
     budget = provenance.budget.budget_bytes
     options = PlanOptions(
         budget=None if budget is None else str(budget),

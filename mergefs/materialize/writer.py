@@ -6,7 +6,6 @@ back and used if its hashes agree; everything else is computed.
 
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Final, TypeVar
 
 from blake3 import blake3
 
+from mergefs.engine.ahead import in_order
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.journal import Journal, Piece, Read
@@ -292,17 +292,7 @@ def hash_pieces(data: bytes) -> tuple[str, ...]:
 
 def ahead(pool: ThreadPoolExecutor, obtain: Callable[[int], _Result], offsets: Sequence[int]) -> Iterator[_Result]:
     """Yield ``obtain(offset)`` for every offset in order, a few of them computed ahead of who takes them."""
-    waiting: deque[Future[_Result]] = deque()
-    try:
-        for offset in offsets:
-            waiting.append(pool.submit(obtain, offset))
-            if len(waiting) >= _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    return in_order(pool, obtain, offsets, _AHEAD)
 
 
 def _failed(path: Path, done: int, error: OSError) -> MaterializeError:

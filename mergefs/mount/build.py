@@ -19,9 +19,9 @@ from mergefs.mount.reach import refuse_models_inside
 from mergefs.mount.recipe_files import expand_recipes
 from mergefs.mount.tree import Tree
 from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.plan import MergePlan
+from mergefs.planner.targets import plan_target, recipe_target
 from mergefs.progress import Progress, Silence
-from mergefs.recipe.definition import Recipe
-from mergefs.recipe.model import load_recipe
 from mergefs.recipe.variants import Variant, vary
 from mergefs.units import format_size
 
@@ -47,8 +47,8 @@ def build_tree(
 ) -> ModelTree | LiveTree:
     """Plan every recipe and return the tree of their models.
 
-    One recipe file becomes the root itself; a directory of recipes, or several recipes, become one directory each.
-    Call it in the process that serves: the catalog does not survive a fork.
+    One recipe file becomes the root itself; a directory of recipes, or several recipes, become one directory each. The
+    id of a kept plan stands for a recipe. Call it in the process that serves: the catalog does not survive a fork.
     """
     if options.cache_size < SMALLEST_CACHE_SIZE:
         raise UsageError(
@@ -80,8 +80,7 @@ class _Builder:
 
     def rooted(self, recipe: Path) -> ModelTree:
         """Return the tree of one model."""
-        model = self._plan(load_recipe(recipe), self.options.plan, gather=True)
-        return self._accompanied(ModelTree(model, self.resources, self._close))
+        return self._accompanied(ModelTree(self._planned(recipe), self.resources, self._close))
 
     def live(self, recipes: tuple[Path, ...]) -> LiveTree:
         """Return the tree of several recipes.
@@ -92,22 +91,22 @@ class _Builder:
         current = Path.cwd()  # the server leaves it, and relative paths go on to count from it
 
         def plan(path: Path, variant: Variant | None) -> ModelFiles:
-            recipe, options = load_recipe(path, current), self.options.plan
+            recipe, options = recipe_target(path, self.options.plan, self.resources.catalog, current)
             if variant is not None:
                 recipe = vary(recipe, variant)
                 options = replace(options, budget=variant.budget or options.budget)
             if self.options.mountpoint is not None:
                 refuse_models_inside(self.options.mountpoint, recipe)
-            return self._plan(recipe, options, gather=False)
+            return self._files(make_plan(recipe, options, self.resources, gather=False), Silence())
 
         tree = LiveTree(recipes, plan, self.resources, time.time_ns(), self._close)
         named = {path for path in recipes if not path.is_dir()}
         expand_recipes(recipes)
         for path in named:
-            load_recipe(path)
+            recipe_target(path, self.options.plan, self.resources.catalog)
         for name, path in tree.shelf.names().items():
             try:
-                model = self._plan(load_recipe(path), self.options.plan, gather=True)
+                model = self._planned(path)
             except MergefsError as error:
                 if path in named:
                     raise
@@ -118,15 +117,18 @@ class _Builder:
         tree.start()
         return self._accompanied(tree)
 
-    def _plan(self, recipe: Recipe, options: PlanOptions, gather: bool) -> ModelFiles:
-        """Plan one recipe and load the kernels that its reads need; what takes long is told where it may ``gather``."""
-        progress = self.progress if gather else Silence()
-        plan = make_plan(recipe, options, self.resources, progress, gather=gather)
+    def _planned(self, target: Path) -> ModelFiles:
+        """Plan a recipe, or make a kept plan again, gathering what is missing."""
+        return self._files(plan_target(target, self.options.plan, self.resources, self.progress), self.progress)
+
+    def _files(self, plan: MergePlan, progress: Progress) -> ModelFiles:
+        """Return the files of a plan, and load the kernels that their reads need."""
+        origin = plan.recipe.origin
         for note in plan.notes:
-            _LOG.info("%s", note if note.startswith(recipe.origin) else f"{recipe.origin}: {note}")
+            _LOG.info("%s", note if note.startswith(origin) else f"{origin}: {note}")
         _LOG.info(
             "%s: plan %s, %s of output from %s of %s of experts",
-            recipe.origin,
+            origin,
             plan.plan_id,
             format_size(plan.outcome.output_bytes),
             format_size(plan.outcome.expert_bytes_planned),

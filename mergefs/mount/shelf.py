@@ -16,6 +16,7 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MergefsError
 from mergefs.mount.recipe_files import recipes_at, unique_names
 from mergefs.mount.shown import ErrorDirectory, ModelDirectory, ShownDirectory
+from mergefs.planner.plan_ids import names_plan
 from mergefs.recipe.variants import Variant, parse_variant
 
 _LOG = logging.getLogger(__name__)
@@ -194,7 +195,9 @@ class Shelf:
 
 
 def _files_at(path: Path) -> Sequence[Path]:
-    """Return the recipe files that ``path`` stands for now."""
+    """Return the recipe files that ``path`` stands for now; the id of a plan stands for itself."""
+    if names_plan(path):
+        return (path,)
     try:
         return tuple(file for file in recipes_at(path) if file.exists())
     except OSError as error:

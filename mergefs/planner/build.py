@@ -1,24 +1,21 @@
-"""Makes plans: opens the models, plans the tensors, spends the budget, and keeps the plan in the catalog."""
+"""Makes plans: opens the models, plans the tensors, and spends the budget."""
 
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mergefs.catalog.catalog import Catalog
-from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord, SelectionRecord
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.errors import BudgetError
 from mergefs.methods.registry import get_method, method_origin
-from mergefs.planner.analysis import analyze_family, gather_statistics, record_checkpoints
+from mergefs.planner.analysis import analyze_family, gather_statistics
 from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
 from mergefs.planner.identity import plan_identity
+from mergefs.planner.keeping import keep_plan
 from mergefs.planner.layout import lay_out
 from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
@@ -40,7 +37,7 @@ from mergefs.statistics.contents import identify
 from mergefs.statistics.identity import checkpoint_identity, is_local
 from mergefs.tokenizer.files import is_tokenizer_file
 
-__all__ = ["Draft", "Drafter", "PlanOptions", "analyze_draft", "draft_plan", "make_plan"]
+__all__ = ["Draft", "Drafter", "PlanOptions", "Planning", "analyze_draft", "draft_plan", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +83,86 @@ def make_plan(
     ledger counts all of that as analysis. Without ``gather`` nothing is read for block statistics, and missing ones
     are a BudgetError.
     """
-    drafter = Drafter(options, workspace, progress or Silence())
-    draft = drafter.draft(recipe)
-    total = sum(tensor.expert_bytes for tensor in draft.tensors)
-    limit = total if options.budget is None else parse_budget(options.budget).limit(total)
-    prediction = NOTHING_LEFT_OUT
-    if limit < total:
-        _require_stand_in(draft, options)
-        if gather:
-            analyze_draft(draft, workspace, progress or Silence())
-        draft = drafter.draft(recipe)  # again, since the models now have identities by content
-        tensors, prediction = spend(draft.tensors, limit, workspace)
-        draft = replace(draft, tensors=tensors)
-    elif identified and any(is_local(checkpoint_identity(source, workspace.catalog)) for source in draft.sources):
-        identify(draft.sources, workspace.catalog, workspace.reader, progress or Silence())
-        draft = drafter.draft(recipe)
-    if limit >= total:
-        draft = replace(draft, tensors=select_everything(draft.tensors, workspace.catalog))
-    # A budget that pays for everything is no budget: the same plan, and the same files.
-    plan = _assemble(draft, options, limit if limit < total else None, prediction, workspace.catalog)
-    if options.base is not None and recipe.bases:
-        plan = replace(plan, notes=(*plan.notes, f"{recipe.origin} names its own base, so --base is not used for it"))
-    _keep(plan, workspace.catalog)
+    planning = Planning(recipe, options, workspace, progress or Silence(), gather)
+    if identified and planning.limit(options.budget) is None:
+        planning.identify()
+    plan = planning.within(options.budget)
+    keep_plan(plan, planning.draft.tokenizer, workspace.catalog)
     return plan
+
+
+class Planning:
+    """Makes plans of one recipe: models are opened once, and analysed once where any of the plans needs that.
+
+    Nothing is kept in the catalog but what analyses find. Without ``gather`` nothing is analysed, and what is missing
+    is an error.
+    """
+
+    def __init__(
+        self, recipe: Recipe, options: PlanOptions, workspace: Workspace, progress: Progress, gather: bool = True
+    ) -> None:
+        self._recipe = recipe
+        self._options = options
+        self._workspace = workspace
+        self._progress = progress
+        self._drafter = Drafter(options, workspace, progress)
+        self._gather = gather
+        self._analysed = False
+        self.draft = self._drafter.draft(recipe)
+
+    @property
+    def total(self) -> int:
+        """The bytes of experts that the whole merge reads."""
+        return sum(tensor.expert_bytes for tensor in self.draft.tensors)
+
+    def limit(self, budget: str | None) -> int | None:
+        """Return the bytes that a budget allows; None where that is everything, since then it is no budget."""
+        total = self.total
+        limit = total if budget is None else parse_budget(budget).limit(total)
+        return limit if limit < total else None
+
+    def analyze(self) -> None:
+        """Gather what the catalog lacks; the draft then has identities by content."""
+        if not self._analysed:
+            if self._gather:
+                analyze_draft(self.draft, self._workspace, self._progress)
+            self.draft = self._drafter.draft(self._recipe)
+            self._analysed = True
+
+    def identify(self) -> None:
+        """Hash every input whose contents are not known; the draft then has identities by content."""
+        workspace = self._workspace
+        if any(is_local(checkpoint_identity(source, workspace.catalog)) for source in self.draft.sources):
+            identify(self.draft.sources, workspace.catalog, workspace.reader, self._progress)
+            self.draft = self._drafter.draft(self._recipe)
+
+    def within(self, budget: str | None) -> MergePlan:
+        """Return the plan within ``budget``. Raises BudgetError where there is none."""
+        options, limit = replace(self._options, budget=budget), self.limit(budget)
+        tensors, prediction = self.draft.tensors, NOTHING_LEFT_OUT
+        if limit is not None:
+            _require_stand_in(self.draft, options)
+            self.analyze()
+            tensors, prediction = spend(self.draft.tensors, limit, self._workspace)
+        else:
+            # A budget that pays for everything is no budget: the same plan, and the same files.
+            tensors = select_everything(tensors, self._workspace.catalog)
+        return self.plan_of(tensors, options, limit, prediction)
+
+    def plan_of(
+        self,
+        tensors: tuple[TensorPlan, ...],
+        options: PlanOptions,
+        budget_bytes: int | None,
+        prediction: Prediction = NOTHING_LEFT_OUT,
+    ) -> MergePlan:
+        """Return the plan in which ``tensors``, those of the draft with what is selected of them, are computed."""
+        draft = replace(self.draft, tensors=tensors)
+        plan = _assemble(draft, options, budget_bytes, prediction, self._workspace.catalog)
+        if options.base is None or not self._recipe.bases:
+            return plan
+        note = f"{self._recipe.origin} names its own base, so --base is not used for it"
+        return replace(plan, notes=(*plan.notes, note))
 
 
 class Drafter:
@@ -284,46 +338,3 @@ def _outcome(tensors: Sequence[TensorPlan], budget_bytes: int | None, prediction
 def _blocks_bought(selection: Selection, index: int) -> int:
     """Return of how many blocks of one input something is bought, or nothing is missing."""
     return int((selection.bought[index] | selection.read[index]).sum())
-
-
-def _keep(plan: MergePlan, catalog: Catalog) -> None:
-    """Write the plan to the catalog, unless it is there."""
-    record_checkpoints(plan.sources, catalog)
-    if catalog.plan(plan.plan_id) is not None:
-        return
-    record = PlanRecord(
-        plan_id=plan.plan_id,
-        recipe=plan.recipe.text,
-        origin=plan.recipe.origin,
-        method=plan.recipe.method,
-        budget_bytes=plan.outcome.budget_bytes,
-        expert_bytes_total=plan.outcome.expert_bytes_total,
-        expert_bytes_planned=plan.outcome.expert_bytes_planned,
-        random_seed=plan.options.random_seed,
-        max_shard_size=plan.options.max_shard_size,
-        inputs=tuple(
-            InputRecord(
-                entry.reference,
-                entry.model.title,
-                entry.role.value,
-                entry.identity,
-                entry.model.sources[0].local_identity if entry.model.merged is None else entry.identity,
-            )
-            for entry in plan.all_inputs
-        ),
-        created_ns=plan.created_ns,
-    )
-    catalog.keep_plan(record, (_entry(tensor) for tensor in plan.tensors.values()))
-
-
-def _entry(tensor: TensorPlan) -> PlanEntryRecord:
-    """Return the record of one tensor."""
-    chosen, record = tensor.selection, None
-    if chosen is not None:
-        record = SelectionRecord(
-            chosen.cell,
-            tuple(zlib.compress(row.tobytes()) for row in chosen.levels),
-            zlib.compress(chosen.givers.astype("<i2").tobytes()),
-            np.packbits(chosen.computed).tobytes(),
-        )
-    return PlanEntryRecord(tensor.name, tensor.dtype.name, tensor.shape, record)

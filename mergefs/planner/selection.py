@@ -37,7 +37,7 @@ def select_blocks(
     ``strategy`` says what may be bought and what counts.
     Raises BudgetError where ``limit`` cannot pay for what must be read from an expert.
     """
-    tensors = [_copied_from_the_base(tensor) for tensor in tensors]
+    tensors = [copied_from_the_base(tensor) for tensor in tensors]
     offers = TensorOffers(tensors, catalog, statistics, strategy)
     allocation = allocate(offers, _left_after_necessary(tensors, limit))
     selected = list(map(_whole, tensors))
@@ -70,7 +70,7 @@ def _whole(tensor: TensorPlan) -> TensorPlan:
     return replace(tensor, selection=Selection.everything(tensor.grid, len(tensor.places)))
 
 
-def _copied_from_the_base(tensor: TensorPlan) -> TensorPlan:
+def copied_from_the_base(tensor: TensorPlan) -> TensorPlan:
     """Return the plan of a copied tensor with the stand-in in the place of an expert: all models have it alike."""
     if tensor.context is not None or tensor.stand_in is None:
         return tensor

@@ -87,7 +87,9 @@ def spendings(
             owner = _owner(place, owners)
             if owner is None:
                 continue
-            energy, left = _energies(tensor, index, workspace)
+            # Without a budget nothing is left out, and nothing must be known to say so.
+            within = plan.outcome.budget_bytes is not None
+            energy, left = _energies(tensor, index, workspace) if within else (None, 0.0)
             amount = Amount(
                 total=place.total_bytes_read(Role.EXPERT),
                 planned=tensor.planned_bytes(index),
@@ -136,16 +138,11 @@ def _free(tensor: TensorPlan, index: int) -> int:
 
 
 def _energies(tensor: TensorPlan, index: int, workspace: Workspace) -> tuple[float | None, float | None]:
-    """Return how much the delta of one input moves a tensor, and how much of that is left out: squared norms.
-
-    Where everything is read nothing is left, and nothing is asked of the catalog.
-    """
-    if tensor.selection is None:
-        return None, 0.0
+    """Return how much the delta of one input moves a tensor, and how much of that is left out: squared norms."""
     response = response_of(tensor, workspace.statistics)
     if response is None:
         return 0.0, 0.0
-    everything = bool(tensor.selection.bought[index].all())
+    everything = tensor.selection is None or bool(tensor.selection.bought[index].all())
     deltas = None
     if tensor.stand_in is not None:
         deltas = known_deltas(tensor.places[index], tensor.stand_in, tensor.compute, workspace.catalog)

@@ -71,8 +71,8 @@ def _summary(explanation: Explanation) -> Table:
 
 def _heat_maps(expert: ExpertReport, most_rows: int, width: int) -> Iterator[RenderableType]:
     """Yield the two heat maps of one expert; none where there is nothing to see on them."""
-    if expert.amount.planned == expert.amount.total:
-        yield Text(f"{expert.label}: everything is read, and nothing is left out\n", style="bold")
+    if expert.amount.left == 0:
+        yield Text(f"{expert.label}: nothing is left out, since all that differs from the base is read\n", style="bold")
         return
     maps: tuple[tuple[str, Show, Scale], ...] = (
         ("bytes bought, %", lambda amount: (bought(amount), amount.bought), BOUGHT_LIGHT),

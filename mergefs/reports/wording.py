@@ -12,7 +12,7 @@ def percent(share: float | None) -> str:
     """Return a share as a number of two or three digits: 100 and 0 are exact, what is between is told as such."""
     if share is None:
         return "?"
-    if 0 < share < 0.005:
+    if 0 < share <= 0.005:
         return "<1"
     if 0.995 <= share < 1:
         return "99"
