@@ -1,6 +1,8 @@
 """The analysis pass over a family: hashes and block statistics of every tensor, only of what is not known yet."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,16 +82,52 @@ def analyze_family(
 def _analyze(
     work: Sequence[_Work], rest: Sequence[Place], catalog: Catalog, reader: SourceReader, progress: Progress
 ) -> None:
-    """Do all the work."""
+    """Do all the work: tensors of files side by side, and then, one by one, those that take a computation to read."""
+    tasks = [_Task(catalog, reader, entry.places, entry) for entry in work] + [
+        _Task(catalog, reader, (place,)) for place in rest
+    ]
+    stored = [task for task in tasks if task.is_stored]
     unwritten = 0
-    for entry in work:
-        entry.tensor.prepare()
-        analyze_tensor(entry.base, entry.experts, entry.tensor.compute, catalog, reader)
-        unwritten = _advance(sum(place.nbytes for place in entry.places), unwritten, catalog, progress)
-    for place in rest:
-        hash_tensor(place, catalog, reader)
-        unwritten = _advance(place.nbytes, unwritten, catalog, progress)
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="analyze") as pool:
+        try:
+            for task, _ in zip(stored, pool.map(_Task.run, stored), strict=True):
+                unwritten = _advance(task.size, unwritten, catalog, progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for task in tasks:
+        if not task.is_stored:
+            task.run()
+            unwritten = _advance(task.size, unwritten, catalog, progress)
     catalog.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One tensor to be gone through: with experts against a base where there is ``work``, else for its hashes alone."""
+
+    catalog: Catalog
+    reader: SourceReader
+    places: tuple[Place, ...]
+    work: _Work | None = None
+
+    @property
+    def size(self) -> int:
+        """The most bytes that it takes."""
+        return sum(place.nbytes for place in self.places)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether all of it lies in files."""
+        return all(isinstance(place, StoredTensor) for place in self.places)
+
+    def run(self) -> None:
+        """Go through it."""
+        if self.work is None:
+            hash_tensor(self.places[0], self.catalog, self.reader)
+            return
+        tensor = self.work.tensor
+        tensor.prepare()
+        analyze_tensor(self.work.base, self.work.experts, tensor.compute, self.catalog, self.reader)
 
 
 def gather_statistics(tensors: Sequence[TensorPlan], service: StatisticsService, progress: Progress) -> None:
