@@ -61,7 +61,7 @@ def main() -> None:
         Search().plane(targets, sums, np.array([SAMPLES]), np.ones(1, dtype=np.float32), book)
         books.append(book)
         left.append(float((targets.astype(np.float64) - sums * STEP).std()))
-    print(f"# relative errors on the sample: {', '.join(f'{error:.4f}' for error in left)}")
+    print(f"TYPICAL_ERRORS: Final = ({', '.join(f'{error:.4f}' for error in (1.0, *left))})")
     for book in books:
         text = base64.b85encode(book.astype("<i2").tobytes()).decode()
         for begin in range(0, len(text), 106):

@@ -1,7 +1,7 @@
 """Tensors as offers: what their statistics, their planes and the answers of their methods say in numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -45,8 +45,8 @@ class TensorOffers(Sequence[Offer]):
         self._tensors = tensors
         self._catalog = catalog
         self._statistics = statistics
-        self._strategy = strategy
-        self._with_planes = strategy.planes and catalog.counts()["planes"] > 0
+        # Where there are no planes at all, none need be looked for.
+        self._strategy = strategy if catalog.counts()["planes"] else replace(strategy, planes=False)
         self._stocks: dict[int, Stock] = {}
         self._parts = [_Part(number, kind) for number, tensor in enumerate(tensors) for kind in _kinds(tensor)]
 
@@ -66,7 +66,7 @@ class TensorOffers(Sequence[Offer]):
         if missing:
             raise BudgetError(f"{missing[0].describe()} has no block statistics; run `mergefs analyze` on the recipe")
         if part.tensor not in self._stocks:
-            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._with_planes)
+            self._stocks[part.tensor] = stock_of(tensor, deltas, self._catalog, self._strategy)
         stock = self._stocks[part.tensor]
         response = response_of(tensor, self._statistics)
         if response is None or tensor.stand_in is None:

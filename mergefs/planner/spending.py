@@ -25,7 +25,7 @@ _WITH_PLANES: Final = (
 )
 _WITHOUT_PLANES: Final = (BY_WORTH, Strategy(together=True), Strategy(angles=False))
 
-_MOST_ITEMS: Final = 400_000
+MOST_ITEMS: Final = 400_000
 """Pairs of an expert and a block above which only one way is tried, since each takes seconds then."""
 
 
@@ -42,7 +42,7 @@ def spend(tensors: Sequence[TensorPlan], limit: int, workspace: Workspace) -> tu
         return selected, predictor.predict(selected)
 
     best, found = tried(BY_WORTH)
-    if found.how == "gram" or found.relative_error == 0 or _items(tensors) > _MOST_ITEMS:
+    if found.how == "gram" or found.relative_error == 0 or items(tensors) > MOST_ITEMS:
         return best, found
     others = _WITH_PLANES if any(tensor.coded for tensor in best) else _WITHOUT_PLANES
     for strategy in others[1:]:
@@ -52,6 +52,6 @@ def spend(tensors: Sequence[TensorPlan], limit: int, workspace: Workspace) -> tu
     return best, found
 
 
-def _items(tensors: Sequence[TensorPlan]) -> int:
+def items(tensors: Sequence[TensorPlan]) -> int:
     """Return how many pairs of an expert and a block there are."""
     return sum(tensor.grid.count * tensor.roles.count(Role.EXPERT) for tensor in tensors)

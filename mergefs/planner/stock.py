@@ -7,13 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
-from mergefs.planes.coded import CodedDelta, known_planes
+from mergefs.planes.assumed import AssumedPlanes
+from mergefs.planes.coded import CodedDelta, can_have_planes, known_planes
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Coded, Selection, own_bytes
 from mergefs.planner.plan import TensorPlan
+from mergefs.planner.strategy import WITHOUT_PLANES, Strategy
 from mergefs.sources.blocks import BlockGrid
-from mergefs.sources.place import Role, StoredTensor
+from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.statistics.blocks import HASH_BYTES, BlockDeltas, known_deltas
 from mergefs.statistics.identity import local_key
+
+Planes = CodedDelta | AssumedPlanes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +35,7 @@ class Stock:
     givers: NDArray[np.int16]
     divisible: NDArray[np.bool_]
     experts: NDArray[np.bool_]
-    coded: tuple[CodedDelta | None, ...]
+    coded: tuple[Planes | None, ...]
     cell: int
 
     @property
@@ -70,11 +74,15 @@ class Stock:
         return Selection.of_blocks(self.tensor.grid, levels, self.givers, computed)
 
     def planes_of(self, selection: Selection) -> tuple[Coded | None, ...]:
-        """Return the planes that a selection needs: for each input those that it buys, or nothing at all."""
+        """Return the planes that a selection needs: for each input those that it buys, or nothing at all.
+
+        What is only assumed cannot be needed: there is nothing to read.
+        """
         partly = ((selection.levels != NOTHING) & (selection.levels < EQUAL)).any(axis=1)
         if not partly.any():
             return ()
-        return tuple(coded if some else None for coded, some in zip(self.coded, partly, strict=True))
+        real = (coded if isinstance(coded, CodedDelta) else None for coded in self.coded)
+        return tuple(coded if some else None for coded, some in zip(real, partly, strict=True))
 
     def by_cell(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return what holds for blocks for each of their cells."""
@@ -92,7 +100,7 @@ def deltas_of(tensor: TensorPlan, catalog: Catalog) -> tuple[BlockDeltas | None,
 
 
 def stock_of(
-    tensor: TensorPlan, deltas: Sequence[BlockDeltas | None], catalog: Catalog, with_planes: bool = False
+    tensor: TensorPlan, deltas: Sequence[BlockDeltas | None], catalog: Catalog, strategy: Strategy = WITHOUT_PLANES
 ) -> Stock:
     """Return what may be bought of a tensor whose experts have these block statistics, as far as they are known."""
     shape = (len(tensor.places), tensor.grid.count)
@@ -106,7 +114,13 @@ def stock_of(
             equal[model] = known.changed == 0
         costs = tensor.places[model].bytes_read(tensor.grid, Role.EXPERT)
         free[model] = (costs == 0 if divisible[model] else not costs.any()) & ~equal[model]
-    coded = _coded(tensor, catalog) if with_planes else (None,) * shape[0]
+    coded: tuple[Planes | None, ...] = (None,) * shape[0]
+    if strategy.assumed_planes:
+        coded = tuple(
+            _assumed(tensor, place, known, strategy) for place, known in zip(tensor.places, deltas, strict=True)
+        )
+    elif strategy.planes:
+        coded = _coded(tensor, catalog)
     cell = min((each.grid.step for each in coded if each is not None), default=tensor.grid.step)
     return Stock(
         tensor=tensor,
@@ -118,6 +132,13 @@ def stock_of(
         coded=tuple(each if each is not None and each.grid.step == cell else None for each in coded),
         cell=cell,
     )
+
+
+def _assumed(tensor: TensorPlan, place: Place, known: BlockDeltas | None, strategy: Strategy) -> Planes | None:
+    """Return what the planes of an input would be, None where it can have none."""
+    if known is None or not can_have_planes(place, tensor.stand_in):
+        return None
+    return AssumedPlanes.of(tensor.shape, known.squared_norms, strategy.assumed_planes)
 
 
 def _coded(tensor: TensorPlan, catalog: Catalog) -> tuple[CodedDelta | None, ...]:
