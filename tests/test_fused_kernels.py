@@ -296,6 +296,15 @@ def test_a_cpu_without_vectors_of_512_bits_or_fused_multiply_add_or_float16_give
     assert oldest.split() == merges_in_hexadecimal().split()
 
 
+def test_what_was_prepared_is_not_compiled_again_when_it_is_called() -> None:
+    from mergefs.kernels.fused.conversion import KERNEL
+
+    prepare((), (), [(BF16, F32), (F32, BF16)])
+    before = KERNEL.specialisations
+    convert(store(np.ones(1000, dtype=np.float32), F32, BF16), BF16, F32, BF16)
+    assert KERNEL.specialisations == before
+
+
 def test_dtypes_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
     prepare(Slerp().kernels(), [F64, F32], [(F64, F32), (F32, F32)])
 

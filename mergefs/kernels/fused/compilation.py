@@ -45,10 +45,18 @@ class Kernel:
         """Return the kernel after making sure that there is machine code for ``dtypes``."""
         if dtypes not in self._compiled:
             with self._lock:
+                self._dispatcher.disable_compile(False)
                 self._dispatcher.compile(self._signature(*(ELEMENTS[dtype] for dtype in dtypes)))
+                # Or a call with an int, where an address is meant, would compile the kernel once more for that.
+                self._dispatcher.disable_compile(True)
                 self._compiled.add(dtypes)
         kernel: Callable[..., Any] = self._dispatcher
         return kernel
+
+    @property
+    def specialisations(self) -> int:
+        """How many specialisations there are."""
+        return len(self._dispatcher.signatures)
 
     @property
     def loaded_from_cache(self) -> int:
