@@ -17,7 +17,9 @@ from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes, Tree
 
 _PREFERRED_BLOCK: Final = 1 << 20
 _STATFS_BLOCK: Final = 4096
-_WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
+
+# Not O_APPEND, with which a file may be opened for reading, too, nor O_CREAT, which the kernel keeps to itself.
+_WRITE_FLAGS: Final = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,8 @@ class TreeOperations:
         """Return the target of a symbolic link."""
         target = self._tree.attributes(_from_wire(path)).link_target
         if target is None:
-            raise WrongAnswerError("not a symbolic link")
+            # The kernel asks only about what it knows as a link. With this errno it looks the name up again.
+            raise OSError(errno.ESTALE, "not a symbolic link any more")
         return _to_wire(target)
 
     @guarded
