@@ -28,6 +28,8 @@ from mergefs.cli import main
 from mergefs.engine.readings import last_reading
 from mergefs.engine.workspace import Workspace
 from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.levels import EQUAL as EQUAL_LEVEL
+from mergefs.planner.levels import WHOLE
 from mergefs.planner.plan import MergePlan
 from mergefs.recipe.model import load_recipe
 from mergefs.reports import page, terminal
@@ -36,6 +38,7 @@ from mergefs.reports.explanation import Explanation, explain
 from mergefs.reports.heatmap import NO_LAYER, Position, panels, position, short_ends
 from mergefs.reports.spending import Amount, Spending
 from mergefs.reports.wording import EQUAL, percent
+from mergefs.sources.ledger import Purpose
 
 BUDGET = "40%"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -110,6 +113,42 @@ def test_bytes_and_errors_are_those_of_the_blocks_that_are_bought(example: Examp
     assert (amount.total, amount.planned) == (outcome.expert_bytes_total, outcome.expert_bytes_planned)
     assert 0 < amount.planned < amount.total
     assert amount.free > 0
+
+
+def test_of_planes_that_are_bought_the_error_is_what_they_leave(models: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
+    assert main(["analyze", str(recipe), "--planes", "2"]) == 0
+    workspace = Workspace.create(Catalog(default_location()))
+    try:
+        plan = make_plan(load_recipe(recipe), PlanOptions(budget="12%"), workspace)
+        explanation = explain(plan, workspace)
+        base = tensors_of(models.base)
+        seen = 0
+        for index, (report, directory) in enumerate(zip(explanation.experts, models.experts, strict=True)):
+            own = tensors_of(directory)
+            for entry in report.spendings:
+                tensor = plan.tensors[entry.tensor]
+                selection = tensor.selection
+                coded = tensor.coded[index] if tensor.coded else None
+                if selection is None or coded is None:
+                    continue
+                kept = base[entry.tensor].clone().view(-1)
+                for cell in range(selection.levels.shape[1]):
+                    start, stop = selection.cells.bounds(cell)
+                    level = int(selection.levels[index, cell])
+                    raw = kept[start:stop].view(torch.uint8).numpy().copy()
+                    if level == WHOLE:
+                        kept[start:stop] = own[entry.tensor].view(-1)[start:stop]
+                    elif 0 < level < EQUAL_LEVEL:
+                        decoded = coded.decode(workspace.reader, raw, range(cell, cell + 1), level, Purpose.ANALYSIS)
+                        kept[start:stop] = torch.from_numpy(decoded).view(torch.bfloat16)
+                        seen += 1
+                whole = own[entry.tensor].double().view(-1)
+                expected = float((whole - kept.double()).norm() / (whole - base[entry.tensor].double().view(-1)).norm())
+                assert entry.amount.error == pytest.approx(expected, rel=1e-3, abs=1e-6), entry.tensor
+        assert seen
+    finally:
+        workspace.close()
 
 
 def test_a_heat_map_has_every_tensor_at_its_layer_and_kind(example: Example) -> None:

@@ -89,6 +89,21 @@ def test_a_plan_made_again_without_its_recipe_is_the_same_to_the_byte(
     assert len(plan.files) > 1
 
 
+def test_a_plan_that_buys_planes_of_deltas_is_made_again_from_them(models: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
+    assert main(["analyze", str(recipe), "--planes", "2"]) == 0
+    plan, files = made(recipe, PlanOptions("12%"))
+    bought = [tensor.selection for tensor in plan.tensors.values() if tensor.selection is not None]
+    assert any(((selection.levels > 0) & (selection.levels < EQUAL)).any() for selection in bought)
+    recipe.unlink()
+    other, same_files = again(plan.plan_id)
+    assert (other.plan_id, other.outcome, same_files) == (plan.plan_id, plan.outcome, files)
+    for file in (Path(os.environ["MERGEFS_CATALOG"]) / "planes").iterdir():
+        file.unlink()
+    with pytest.raises(PlanError, match="the planes of its experts' deltas are gone or have been coded anew"):
+        again(plan.plan_id)
+
+
 def test_relative_paths_count_from_where_the_plan_was_made(
     models: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +256,18 @@ def test_a_plan_is_mounted_by_the_beginning_of_its_id(kept: str, directory: Path
         assert os.getxattr(directory / "mnt", "user.mergefs.plan_id").decode() == kept
         shown = {file.name: file.read_bytes() for file in (directory / "mnt").iterdir()}
     assert shown == again(kept)[1]
+
+
+def test_several_plans_are_mounted_side_by_side(models: Family, directory: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
+    ids = [made(recipe, PlanOptions(budget))[0].plan_id for budget in ("20%", "60%")]
+    recipe.unlink()
+    beginnings = [Path(plan_id[:10]) for plan_id in ids]
+    with mounted_recipes(*beginnings, mountpoint=directory / "mnt", state=tmp_path / "state"):
+        assert sorted(entry.name for entry in (directory / "mnt").iterdir()) == sorted(map(str, beginnings))
+        for beginning, plan_id in zip(beginnings, ids, strict=True):
+            provenance = json.loads((directory / "mnt" / beginning / "mergefs.json").read_text())
+            assert provenance["plan_id"] == plan_id
 
 
 def test_a_plan_is_written_explained_compared_and_opened_by_its_id(
