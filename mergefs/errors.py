@@ -83,6 +83,10 @@ class LineageError(MergefsError):
     """Nothing tells what a model was made of, or it is not clear which one is meant."""
 
 
+class EvaluationError(MergefsError):
+    """A model that cannot be run, or a text that nothing can be measured on."""
+
+
 class MissingDependencyError(MergefsError):
     """A library that this command needs and that is not installed."""
 

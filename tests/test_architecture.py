@@ -26,6 +26,7 @@ ROOMS = (
     ("comparison", "materialize", "mount", "reports", "testing"),
     ("upkeep",),
     ("api",),
+    ("evaluation",),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from mergefs.demo import corpus, training
 from mergefs.demo.corpus import Domain, load_domains, split_documents
 from mergefs.demo.evaluation import generate_line, perplexity
-from mergefs.demo.imports import import_transformers
 from mergefs.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE, write_tokenizer
 from mergefs.demo.training import Family, FamilyOptions, build_model, train_family
 from mergefs.errors import MergefsError
+from mergefs.evaluation.imports import import_transformers
 
 TINY = FamilyOptions(
     hidden_size=32,

@@ -15,10 +15,10 @@ def command(settings: Settings, directory: Path) -> None:
 
     Takes some minutes on two cores and downloads nothing. Everything is kept below DIR (default: mergefs-demo).
     """
-    from mergefs.demo.imports import missing_demo_dependency
+    from mergefs.evaluation.imports import missing_dependency
 
     try:
         from mergefs.demo.run import run_demo
     except ImportError as error:
-        raise missing_demo_dependency(error.name or "torch") from error
+        raise missing_dependency(error.name or "torch") from error
     run_demo(absolute(directory), settings.catalog)

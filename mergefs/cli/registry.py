@@ -22,6 +22,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "plan": Entry("mergefs.cli.plan", "command", "Show what a recipe reads and what it costs."),
     "explain": Entry("mergefs.cli.explain", "command", "Show where the bytes of a budget go, and what is left out."),
     "diff": Entry("mergefs.cli.diff", "command", "Show how far two models are from each other, tensor by tensor."),
+    "ab": Entry("mergefs.cli.ab", "command", "Compare merged models on held-out text, without writing any."),
+    "sweep": Entry("mergefs.cli.sweep", "command", "Measure a grid of a recipe's variants on held-out text."),
     "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
     "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),
     "log": Entry("mergefs.cli.log", "command", "Show what a model was made of."),

@@ -16,12 +16,12 @@ from mergefs.catalog import Catalog
 from mergefs.demo.corpus import Domain, load_domains
 from mergefs.demo.display import Row, markdown_table, show_table, training_progress
 from mergefs.demo.evaluation import generate_line, perplexity
-from mergefs.demo.imports import import_transformers
 from mergefs.demo.mounted import mount_status, mounted
 from mergefs.demo.recipes import DemoRecipe, write_recipes
 from mergefs.demo.training import FamilyOptions, train_family
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import VerificationError
+from mergefs.evaluation.imports import import_transformers
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan

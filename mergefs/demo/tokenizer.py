@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from mergefs.demo.imports import missing_demo_dependency
+from mergefs.evaluation.imports import missing_dependency
 
 BYTES: Final = 256
 BOS_ID: Final = 256
@@ -44,7 +44,7 @@ def build_tokenizer() -> Any:
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise missing_demo_dependency("tokenizers") from error
+        raise missing_dependency("tokenizers") from error
 
     vocabulary = {character: byte for byte, character in enumerate(_characters_of_bytes())}
     vocabulary |= dict(_SPECIAL_TOKENS.values())

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from mergefs.demo.corpus import Domain
-from mergefs.demo.imports import import_transformers
 from mergefs.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE, write_tokenizer
 from mergefs.errors import MergefsError
+from mergefs.evaluation.imports import import_transformers
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Report = Callable[[str, int, int, float], None]

@@ -1,4 +1,4 @@
-"""The libraries that only the demo needs, imported where it needs them: offline, quiet, or with a clear error."""
+"""Libraries that merging does without, imported where models are run: offline, quiet, or with a clear error."""
 
 import importlib
 import os
@@ -16,14 +16,14 @@ def import_transformers() -> Any:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
-        raise missing_demo_dependency("transformers") from error
+        raise missing_dependency("transformers") from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
-def missing_demo_dependency(library: str) -> MissingDependencyError:
+def missing_dependency(library: str) -> MissingDependencyError:
     """Return the error that says how to install ``library``."""
     return MissingDependencyError(
-        f"mergefs demo needs the library {library}, which is not installed; run: pip install 'mergefs[demo]'"
+        f"running models needs the library {library}, which is not installed; run: pip install 'mergefs[demo]'"
     )

@@ -1,0 +1,1 @@
+"""Runs merged models with transformers, to compare them before any is written."""
