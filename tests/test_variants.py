@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from checkpoints import family
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import MERGES, write_document, write_recipe
 
+import mergefs
 from mergefs.checkpoint.dtypes import BF16
 from mergefs.errors import RecipeError
 from mergefs.methods.registry import specification
@@ -150,3 +154,27 @@ def test_any_text_is_a_variant_or_is_refused(text: str) -> None:
     except RecipeError:
         return
     assert yaml.safe_load(recipe.text)
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+def test_commands_take_a_variant_in_the_place_of_a_recipe(tmp_path: Path) -> None:
+    models = family(tmp_path / "models", experts=2, dtype=torch.bfloat16, tied=False, shards=1)
+    recipe = write_recipe(tmp_path / "merge.yml", MERGES["task_arithmetic"], models)
+    with mergefs.open(f"{recipe}@lambda=0.25,budget=30%", catalog=tmp_path / "catalog") as model:
+        told = model.plan
+    assert told.outcome.budget_bytes == int(0.3 * told.outcome.expert_bytes_total)
+    changed = yaml.safe_load(recipe.read_text()) | {"parameters": {"lambda": 0.25}}
+    by_hand = write_document(tmp_path / "by-hand.yml", changed)
+    with mergefs.open(by_hand, budget="30%", catalog=tmp_path / "catalog") as model:
+        assert model.plan.plan_id == told.plan_id
+
+
+def test_a_file_whose_name_has_an_at_sign_is_that_file(tmp_path: Path) -> None:
+    models = family(tmp_path / "models", experts=2, dtype=torch.bfloat16, tied=False, shards=1)
+    recipe = write_recipe(tmp_path / "merge.yml", MERGES["task_arithmetic"], models)
+    named = recipe.rename(tmp_path / "merge.yml@lambda=2")
+    recipe.write_text("nonsense")
+    with mergefs.open(named, catalog=tmp_path / "catalog") as model:
+        assert model.plan.recipe.origin == str(named)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mergefs.planner.plan import MergePlan, PlanInput
+    from mergefs.planner.planes_offer import PlanesOffer
     from mergefs.reports.curve import Point
 
 
@@ -46,19 +47,38 @@ def command(
     from mergefs.cli.output import print_json
     from mergefs.cli.progress import progress
     from mergefs.engine.workspace import Workspace
+    from mergefs.planner.planes_offer import planes_offer
     from mergefs.planner.targets import plan_target
 
     workspace = Workspace.create(Catalog(settings.catalog or default_location()))
     try:
         with progress(settings.quiet) as listener:
             plan = plan_target(recipe, arguments.options(), workspace, listener)
+        offer = planes_offer(plan, workspace)
     finally:
         workspace.close()
     analysis = workspace.ledger.totals().analysis_bytes_read
     if as_json:
-        print_json(_json(plan, analysis))
-    else:
-        _print(plan, analysis, notes=not settings.quiet)
+        print_json({**_json(plan, analysis), "planes_offer": None if offer is None else asdict(offer)})
+        return
+    _print(plan, analysis, notes=not settings.quiet)
+    if offer is not None and not settings.quiet:
+        click.echo(_advertised(offer, recipe))
+
+
+def _advertised(offer: "PlanesOffer", recipe: Path) -> str:
+    """Return what delta planes would bring and cost, as a sentence."""
+    from mergefs.units import format_duration, format_size
+
+    brings = (
+        "may bring more, which only a try can tell"
+        if offer.relative_error is None
+        else f"would bring the predicted error to about {offer.relative_error:.2g}"
+    )
+    return (
+        f"delta planes {brings}: `mergefs analyze {recipe} --planes {offer.planes}` takes {format_size(offer.nbytes)} "
+        f"of disk and about {format_duration(offer.core_seconds)} of one core"
+    )
 
 
 def _sweep(

@@ -1,6 +1,7 @@
 """Merged models, loaded into transformers without a mount and without a copy on disk."""
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mergefs.errors import EvaluationError
 from mergefs.evaluation.imports import import_transformers
 
 _CONFIGURATION = "config.json"
+_SUFFIX = re.compile(r"\.ya?ml(?=@|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def load_model(source: Path, dtype: torch.dtype = torch.float32, **options: Any)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(merged.read_file(name, 0, size))
         tensors = _tensors(merged, torch.device("cpu"))
-        title = source.stem if source.suffix in (".yml", ".yaml") else source.name
+        title = _SUFFIX.sub("", source.name)
         model, tokenizer = _from_directory(Path(directory), title, tensors, dtype, transformers)
         return LoadedModel(
             title,

@@ -1,4 +1,4 @@
-"""What commands are pointed at: the file of a recipe, or a plan that the catalog keeps."""
+"""What commands are pointed at: the file of a recipe, a variant of it, or a plan that the catalog keeps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.definition import Recipe
 from mergefs.recipe.model import load_recipe
+from mergefs.recipe.variants import parse_variant, vary
 
 
 def plan_target(
@@ -24,9 +25,9 @@ def plan_target(
     progress: Progress | None = None,
     identified: bool = False,
 ) -> MergePlan:
-    """Return the plan of the recipe file ``target``, or the kept plan whose id begins so.
+    """Return the plan of the recipe file ``target``, of a variant of it, or the kept plan whose id begins so.
 
-    ``identified`` is as in ``make_plan``.
+    ``identified`` is as in ``make_plan``. A variant is written as ``FILE@CHANGES``; see ``mergefs.recipe.variants``.
     Where both are there the file is meant, which a note of the plan tells. Raises PlanError when no kept plan, or more
     than one, has such an id, UsageError when ``options`` are given for a plan that has its own, and the errors of
     making plans.
@@ -36,7 +37,7 @@ def plan_target(
         record = find_record(str(target), workspace.catalog)
         _refuse_options(record, options)
         return recorded_plan(record, workspace, listener, identified)
-    plan = make_plan(load_recipe(target), options, workspace, listener, identified)
+    plan = make_plan(*_read(target, options, None), workspace, listener, identified)
     if not reads_as_id(target.name) or workspace.catalog.plan(target.name) is None:
         return plan
     note = f"{target} is the file of that name here, and not the plan with that id; rename the file to get at the plan"
@@ -51,11 +52,20 @@ def recipe_target(
     ``current`` is as in ``load_recipe``. Raises the errors of ``plan_target``.
     """
     if not names_plan(target):
-        return load_recipe(target, current), options
+        return _read(target, options, current)
     record = find_record(str(target), catalog)
     _refuse_options(record, replace(options, budget=None))
     recipe, own = recorded_recipe(record)
     return recipe, replace(own, budget=options.budget)
+
+
+def _read(target: Path, options: PlanOptions, current: Path | None) -> tuple[Recipe, PlanOptions]:
+    """Return the recipe in a file, or a variant of it, which may have its own budget."""
+    name, separator, changes = target.name.partition("@")
+    if not separator or target.exists() or not (file := target.with_name(name)).is_file():
+        return load_recipe(target, current), options
+    variant = parse_variant(changes)
+    return vary(load_recipe(file, current), variant), replace(options, budget=variant.budget or options.budget)
 
 
 def _refuse_options(record: PlanRecord, options: PlanOptions) -> None:
