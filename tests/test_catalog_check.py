@@ -187,6 +187,7 @@ PLANTED: Final = (
     Planted("C42", inputs(role="donor"), "are donor", by_forgetting),
     Planted("C43", inputs(identity=LOCAL), "otherwise than its inputs", by_forgetting),
     Planted("C44", lambda h: h.remove("entries"), "no tensors", by_forgetting),
+    Planted("C49", change("plans", directories=("recipes",)), "from 'recipes', which is relative", by_forgetting),
     Planted("C45", lambda h: h.move("entries", b"78" * 16 + ENTRY[32:]), f"{'78' * 16} is not there", by_forgetting),
     Planted("C46", change("entries", name="another"), "under the name of another", by_forgetting),
     Planted("C47", change("entries", dtype="F3"), "dtype is 'F3'", by_forgetting),

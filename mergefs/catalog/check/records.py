@@ -276,6 +276,11 @@ def _plan_entries(subject: Subject) -> str | None:
     return None
 
 
+def _plan_directories(subject: Subject) -> str | None:
+    found = next((one for one in subject.record.directories if not one.startswith("/")), None)
+    return None if found is None else f"relative paths count from {found!r}, which is relative, too"
+
+
 def _entry_plan(subject: Subject) -> str | None:
     plan_id = subject.key.partition(b"/")[0]
     if not subject.evidence.has("plans", plan_id):
@@ -416,6 +421,7 @@ INVARIANTS: Final = (
     Invariant("C42", "plans", "there are a recipe, a method, and inputs, each the base or an expert", _plan_texts),
     Invariant("C43", "plans", "the id is local exactly while the identity of an input is", _plan_identity),
     Invariant("C44", "plans", "it has tensors", _plan_entries),
+    Invariant("C49", "plans", "the directories that relative paths count from are absolute", _plan_directories),
     Invariant("C45", "entries", "the plan is there", _entry_plan),
     Invariant("C46", "entries", "the key is that of the tensor's name", _entry_key),
     Invariant("C47", "entries", "dtype and shape are those of a tensor", _entry_shape),
