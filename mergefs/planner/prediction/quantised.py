@@ -11,6 +11,7 @@ sawtooth), and how many elements have which D follows from the norm of the base.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -27,6 +28,8 @@ _FEW_STEPS: Final = 0.12
 """Below so many steps the series need more terms, and what they add up to is simple."""
 _MANY_STEPS: Final = 10.0
 """From so many steps on, what rounding adds does not depend on their number any more."""
+_POINTS: Final = 2001
+"""So many numbers of steps are tabulated; what lies between them is interpolated."""
 _BINADES: Final = range(-12, 3)
 """How many powers of two the sizes of elements of the base are looked for beside their root mean square."""
 _PARTS: Final = 32
@@ -40,58 +43,59 @@ def rounded_change(change: Numbers, beside: Numbers, base: Numbers, dtype: DType
     the base, whose mean square is ``base`` (float64, one entry for each block). ``on_grid`` says that the base consists
     of numbers of ``dtype``.
     """
-    added: Numbers = np.zeros_like(change)
     root = np.sqrt(np.maximum(base, np.finfo(np.float64).tiny))
     octave = np.floor(np.log2(root))
     part = np.minimum(((np.log2(root) - octave) * _PARTS).astype(np.int64), _PARTS - 1)
-    for binade, likely in zip(_BINADES, _likely_sizes(), strict=True):
-        step = 2 * unit_roundoff(dtype) * np.exp2(octave + binade)
-        steps = np.minimum(np.sqrt(change) / step, _MANY_STEPS)
-        more = _noise(steps)
-        if on_grid:
-            spread = _gain(np.minimum(np.sqrt(beside) / step, _MANY_STEPS))
-            more = spread * more + (1 - spread) * (_of_the_grid(steps) - steps**2)
-        added = added + likely[part] * more * step**2
-    return np.maximum(change + added, 0.0)
+    step = 2 * unit_roundoff(dtype) * np.exp2(octave + np.array(_BINADES)[:, np.newaxis])
+    averages = _averages()
+    steps = np.minimum(np.sqrt(change) / step, _MANY_STEPS)
+    more = np.interp(steps, averages.steps, averages.anywhere)
+    if on_grid:
+        spread = np.interp(np.minimum(np.sqrt(beside) / step, _MANY_STEPS), averages.steps, averages.gain)
+        more = spread * more + (1 - spread) * np.interp(steps, averages.steps, averages.on_the_grid)
+    added = (_likely_sizes()[:, part] * more * step**2).sum(axis=0)
+    changed: Numbers = np.maximum(change + added, 0.0)
+    return changed
 
 
 @lru_cache(maxsize=1)
-def _likely_sizes() -> tuple[Numbers, ...]:
+def _likely_sizes() -> Numbers:
     """Return for each binade, relative to the octave of the root mean square, how likely a normal number lies in it.
 
-    By the part of the octave that the root mean square lies in; what is smaller than all of them counts as smallest.
+    By the part of the octave that the root mean square lies in (float64 [binades, parts]); what is smaller than all of
+    them counts as smallest.
     """
     roots = [2 ** ((part + 0.5) / _PARTS) for part in range(_PARTS)]
-
-    def below(binade: int) -> Numbers:
-        if binade == _BINADES[0]:
-            return np.zeros(_PARTS)
-        if binade > _BINADES[-1]:
-            return np.ones(_PARTS)
-        return np.array([math.erf(2.0**binade / root / math.sqrt(2)) for root in roots])
-
-    return tuple(below(binade + 1) - below(binade) for binade in _BINADES)
+    below = np.array([[math.erf(2.0**binade / root / math.sqrt(2)) for root in roots] for binade in _BINADES[1:]])
+    likely: Numbers = np.diff(below, axis=0, prepend=np.zeros((1, _PARTS)), append=np.ones((1, _PARTS)))
+    return likely
 
 
-def _decays(steps: Numbers) -> list[Numbers]:
-    """Return the means of ``cos(2 pi k x)`` of normal numbers with these standard deviations, for k from 1 on."""
-    return [np.exp(-2 * (math.pi * k * steps) ** 2) for k in range(1, _TERMS + 1)]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Averages:
+    """What rounding to an integer does on average to normal numbers whose standard deviations are ``steps``.
+
+    ``anywhere`` is what it adds to the mean square of their difference from something that lies anywhere between two
+    integers, ``on_the_grid`` from an integer; ``gain`` is the share of them that is left.
+    """
+
+    steps: Numbers
+    anywhere: Numbers
+    on_the_grid: Numbers
+    gain: Numbers
 
 
-def _noise(steps: Numbers) -> Numbers:
-    """Return the mean of p (1 - p), p being the distance of a normal number from the integer below it."""
-    series = 1 / 6 - sum(decay / (math.pi * k) ** 2 for k, decay in enumerate(_decays(steps), 1))
-    return np.where(steps < _FEW_STEPS, math.sqrt(2 / math.pi) * steps - steps**2, series)
-
-
-def _gain(steps: Numbers) -> Numbers:
-    """Return which share of a normal number is left on average when it is rounded to an integer."""
-    series = 1 + 2 * sum((-1) ** k * decay for k, decay in enumerate(_decays(steps), 1))
-    return np.where(steps < _FEW_STEPS, 0.0, np.clip(series, 0.0, 1.0))
-
-
-def _of_the_grid(steps: Numbers) -> Numbers:
-    """Return the mean square of a normal number that is rounded to an integer."""
-    signed = [(-1) ** k * decay for k, decay in enumerate(_decays(steps), 1)]
-    series = steps**2 * (1 + 4 * sum(signed)) + 1 / 12 + sum(d / (math.pi * k) ** 2 for k, d in enumerate(signed, 1))
-    return np.where(steps < _FEW_STEPS, 0.0, np.maximum(series, 0.0))
+@lru_cache(maxsize=1)
+def _averages() -> _Averages:
+    """Return the averages for up to ``_MANY_STEPS`` steps, by their Fourier series."""
+    steps = np.linspace(0.0, _MANY_STEPS, _POINTS)
+    few = steps < _FEW_STEPS
+    numbers = np.arange(1, _TERMS + 1)[:, np.newaxis]
+    decays = np.exp(-2 * (math.pi * numbers * steps) ** 2)
+    signed = (-1.0) ** numbers * decays
+    squares = (math.pi * numbers) ** 2
+    anywhere = np.where(few, math.sqrt(2 / math.pi) * steps - steps**2, 1 / 6 - (decays / squares).sum(axis=0))
+    rounded = steps**2 * (1 + 4 * signed.sum(axis=0)) + 1 / 12 + (signed / squares).sum(axis=0)
+    on_the_grid = np.where(few, 0.0, np.maximum(rounded, 0.0)) - steps**2
+    gain = np.where(few, 0.0, np.clip(1 + 2 * signed.sum(axis=0), 0.0, 1.0))
+    return _Averages(steps, anywhere, on_the_grid, gain)
