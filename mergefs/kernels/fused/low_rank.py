@@ -54,8 +54,9 @@ def _signature(element: Any) -> Any:
     return types.void(
         types.Array(element, 1, "C"),
         types.uint64,
-        types.Array(types.float32, 2, "C"),
-        types.Array(types.float32, 2, "C"),
+        # Factors are kept for other blocks, so that nobody may write to them.
+        types.Array(types.float32, 2, "C", readonly=True),
+        types.Array(types.float32, 2, "C", readonly=True),
         types.float32,
         types.boolean,
         types.Array(types.float32, 1, "C"),
