@@ -251,5 +251,38 @@ def startup(experts: int, repeat: int, directory: Path | None, as_json: bool) ->
     report(measurements, facts, as_json)
 
 
+@bench.command(name="materialize-cost")
+@click.option("--size", default="1GiB", show_default=True, help="Bytes of each of the three models, and of the output.")
+@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that are counted.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where to write the models, four of them at a time; a temporary directory otherwise.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def materialize_cost(size: str, repeat: int, directory: Path | None, as_json: bool) -> None:
+    """What hashing, fsync and checked reads cost materialize, against cp and sync of as many bytes.
+
+    Planning is not counted, and the inputs have been hashed by an earlier run.
+    """
+    from materialize_cost import measure
+
+    from mergefs.units import parse_size
+
+    with scratch(directory) as place:
+        seconds = measure(place, parse_size(size), repeat, environment(place))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    report(
+        [Measurement(name, tuple(times), None) for name, times in seconds.items()],
+        {
+            "size": size,
+            "rounds": repeat,
+            "materialize_to_cp_and_sync": round(medians["materialize"] / medians["cp and sync"], 2),
+            "materialize_to_nothing_checked": round(medians["materialize"] / medians["without all of these"], 2),
+        },
+        as_json,
+    )
+
+
 if __name__ == "__main__":
     bench()

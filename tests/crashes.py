@@ -76,8 +76,7 @@ class CommandServer:
         assert "attached" in attached, attached
         self._let_go()
         status = self._end()
-        strace.stderr.read()
-        strace.wait(60)
+        strace.communicate(timeout=60)
         return status
 
     def run_and_kill(self, seconds: float, *arguments: str | Path, catalog: Path) -> int:
@@ -98,9 +97,7 @@ class CommandServer:
 
     def close(self) -> None:
         """End the server."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        self._process.communicate(timeout=60)
 
     def _begin(self, arguments: Sequence[str | Path], catalog: Path) -> int:
         return int(self._say(json.dumps(self._request(arguments, catalog))))
