@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -255,7 +256,10 @@ def crash_stages(models: Family, directory: Path, catalogs: Path) -> Iterator[di
 def die_at_random_times(stage: Stage, times: int, chance: random.Random) -> dict[str, int]:
     """Kill the command at random times, and recover; return how often which state was left."""
     left = {"absent": 0, "old": 0, "new": 0}
-    longest = 0.4
+    stage.prepare()
+    started = time.monotonic()
+    stage.server.run(*stage.command, catalog=stage.catalog)
+    longest = 1.2 * (time.monotonic() - started)
     for _ in range(times):
         stage.prepare()
         stage.server.run_and_kill(chance.uniform(0, longest), *stage.command, catalog=stage.catalog)
