@@ -62,11 +62,19 @@ install_command() {
   fi
 }
 
-# Makes sure that libfuse is there, and every program named as an argument (each is a package of the same name).
+# The package that the program $1 is in: mostly of the same name.
+package_of() {
+  case "$1" in
+    getfattr) printf 'attr' ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+# Makes sure that libfuse is there, and every program named as an argument.
 ensure_system() {
   local command program missing=""
   for program in "$@"; do
-    command -v "$program" >/dev/null 2>&1 || missing="$missing $program"
+    command -v "$program" >/dev/null 2>&1 || missing="$missing $(package_of "$program")"
   done
   if has_libfuse && [ -z "$missing" ]; then
     return

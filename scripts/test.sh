@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 heavy=(-m "not heavy")
-programs=(strace)
+programs=(strace rsync getfattr)
 if [ "${1:-}" = --all ]; then
   heavy=()
   programs+=(chromium)
