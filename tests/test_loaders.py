@@ -1,0 +1,187 @@
+"""Each way in which libraries load a model reads a mount as it reads the materialized directory."""
+
+import concurrent.futures
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from examples import METHODS, Families, FamilyKind
+from fake_uploads import fake_uploads
+from mounting import mounted_recipes
+from recipes import recipe_document, write_document
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensors import differing
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+
+import mergefs
+from mergefs.materialize.manifest import MANIFEST_NAME
+from mergefs.materialize.materialize import materialize
+
+PAGE: Final = mmap.PAGESIZE
+SENTENCE: Final = "w5 w17 w90 w42 w8"
+
+
+@dataclass(frozen=True, slots=True)
+class Loadable:
+    """One merge in three files: mounted alone, as a link in a mount of recipes, and materialized."""
+
+    recipe: Path
+    catalog: Path
+    mounted: Path
+    linked: Path
+    materialized: Path
+
+    def weights(self) -> list[tuple[Path, Path]]:
+        """Return each file of weights in both mounts beside the materialized one."""
+        names = [path.name for path in sorted(self.materialized.glob("*.safetensors"))]
+        return [(mount / name, self.materialized / name) for mount in (self.mounted, self.linked) for name in names]
+
+
+@pytest.fixture(scope="module")
+def loadable(tmp_path_factory: pytest.TempPathFactory, catalogs: Path, families: Families) -> Iterator[Loadable]:
+    root = tmp_path_factory.mktemp("loaders")
+    catalog = catalogs / root.name
+    recipe = root / "recipes" / "merge.yml"
+    write_document(recipe, recipe_document(METHODS["task_arithmetic"], families(FamilyKind())))
+    with mergefs.open(recipe, catalog=catalog, max_shard_size="20KB") as model:
+        materialize(model.plan, root / "out", model._resources)
+    common: dict[str, Any] = {
+        "state": root / "state",
+        "options": ["--max-shard-size", "20KB"],
+        "extra": {"MERGEFS_CATALOG": str(catalog)},
+    }
+    with (
+        mounted_recipes(recipe, mountpoint=root / "rooted", **common),
+        mounted_recipes(recipe.parent, mountpoint=root / "live", **common),
+    ):
+        found = Loadable(recipe, catalog, root / "rooted", root / "live" / "merge", root / "out")
+        assert len(found.weights()) >= 4
+        yield found
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+WAYS: Final[Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]] = {
+    "as it is": ({}, {}),
+    "in the dtype of its files": ({"dtype": "auto"}, {}),
+    "in float32": ({"dtype": torch.float32}, {}),
+    "with little memory": ({"low_cpu_mem_usage": True}, {}),
+    "without mmap": ({"disable_mmap": True}, {}),
+    "with mmap": ({"disable_mmap": False}, {}),
+    "onto a device": ({"device_map": "cpu"}, {}),
+    "in parallel": ({}, {"HF_ENABLE_PARALLEL_LOADING": "true", "HF_PARALLEL_LOADING_WORKERS": "4"}),
+    "one after the other": ({}, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transformers_loads_the_same_tensors(loadable: Loadable, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    options, variables = WAYS[way]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    expected: Any = AutoModelForCausalLM.from_pretrained(loadable.materialized, **options)
+    for directory in (loadable.mounted, loadable.linked):
+        found: Any = AutoModelForCausalLM.from_pretrained(directory, **options)
+        assert found.dtype == expected.dtype
+        assert differing(found.state_dict(), expected.state_dict()) == {}
+
+
+def test_a_state_dict_loads_without_a_mount(loadable: Loadable) -> None:
+    """What is used where there is no FUSE."""
+    state = mergefs.load_state_dict(loadable.recipe, catalog=loadable.catalog)
+    config = LlamaConfig.from_pretrained(loadable.materialized)
+    found: Any = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    expected: Any = AutoModelForCausalLM.from_pretrained(loadable.materialized)
+    assert differing(found.state_dict(), expected.state_dict()) == {}
+
+
+def test_a_tokenizer_and_a_pipeline_say_the_same(loadable: Loadable) -> None:
+    said = []
+    for directory in (loadable.mounted, loadable.linked, loadable.materialized):
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        generate: Any = pipeline("text-generation", model=str(directory), device="cpu")
+        said.append((tokenizer(SENTENCE)["input_ids"], generate(SENTENCE, max_new_tokens=6, do_sample=False)))
+    assert said[0] == said[1] == said[2]
+    assert said[0][1][0]["generated_text"].startswith(SENTENCE)
+
+
+# -- safetensors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_safetensors_reads_the_same_with_either_backend(loadable: Loadable, backend: str) -> None:
+    for mounted, materialized in loadable.weights():
+        assert differing(load_file(mounted, backend=backend), load_file(materialized)) == {}
+        with safe_open(mounted, "pt", backend=backend) as found, safe_open(materialized, "pt") as expected:
+            assert found.metadata() == expected.metadata()
+            assert list(found.keys()) == list(expected.keys())
+            for name in expected.keys():  # noqa: SIM118 - not a dict
+                assert torch.equal(found.get_slice(name)[1:3], expected.get_slice(name)[1:3])
+
+
+# -- loaders that read past the page cache, with many threads ----------------------------------------------------------
+
+
+def read_direct(path: Path, threads: int, block: int) -> bytes:
+    """Read a file as streamers do: threads with aligned buffers of ``block`` bytes and O_DIRECT, each its own part."""
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def part(offset: int) -> bytes:
+        with mmap.mmap(-1, block) as buffer:
+            count = os.preadv(descriptor, [buffer], offset)
+            assert count == min(block, size - offset)
+            return buffer[:count]
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return b"".join(pool.map(part, range(0, size, block)))
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("block", [PAGE, 16 * PAGE])
+def test_threads_read_past_the_page_cache(loadable: Loadable, block: int) -> None:
+    for mounted, materialized in loadable.weights():
+        assert read_direct(mounted, 8, block) == materialized.read_bytes()
+
+
+def test_one_call_reads_into_many_buffers(loadable: Loadable) -> None:
+    for mounted, materialized in loadable.weights():
+        expected = materialized.read_bytes()
+        sizes = [1, 7, 4096, 3, len(expected)]
+        buffers = [bytearray(size) for size in sizes]
+        descriptor = os.open(mounted, os.O_RDONLY)
+        try:
+            assert os.preadv(descriptor, buffers, 11) == len(expected) - 11
+        finally:
+            os.close(descriptor)
+        assert b"".join(buffers).startswith(expected[11:])
+
+
+# -- huggingface_hub --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mounted", "linked"])
+def test_a_mount_is_uploaded_to_the_hub_as_the_materialized_directory_would_be(loadable: Loadable, kind: str) -> None:
+    directory: Path = getattr(loadable, kind)
+    code = (
+        "import sys; from huggingface_hub import HfApi\n"
+        "HfApi().upload_folder(repo_id='me/merged', folder_path=sys.argv[1], token='hf_token')\n"
+    )
+    with fake_uploads() as uploads:
+        variables = {"HF_ENDPOINT": uploads.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", code, directory]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = {p.name: p.read_bytes() for p in loadable.materialized.iterdir() if p.name != MANIFEST_NAME}
+    assert uploads.files == expected
+    assert any(len(pieces) > 1 for pieces in uploads.pieces.values())
