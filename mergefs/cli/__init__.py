@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     """Run one command and turn the errors that are meant for people into an exit status."""
     from mergefs.cli.group import cli
+    from mergefs.cli.mount_helper import translate_helper_call
 
     try:
+        arguments = translate_helper_call(arguments) or arguments
         result = cli.main(args=arguments, prog_name="mergefs", standalone_mode=False)
     except MergefsError as error:
         _say(f"error: {error}")

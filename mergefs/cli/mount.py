@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @verify_reads_option
 @click.option("--allow-other", is_flag=True, help="Let other users read the mount too.")
 @click.option("--warm", is_flag=True, help="Gather in the background the statistics that reads will need.")
+@click.option("--fsname", default="mergefs", hidden=True, help="What the list of mounts names as what is mounted.")
 @click.pass_obj
 def command(
     settings: Settings,
@@ -38,6 +39,7 @@ def command(
     verify_reads: bool,
     allow_other: bool,
     warm: bool,
+    fsname: str,
 ) -> None:
     """Show merged models as a read-only directory.
 
@@ -87,6 +89,7 @@ def command(
             allow_other=allow_other,
             log_file=settings.log_file,
             verbose=settings.verbose,
+            source=fsname,
         ),
         build,
     )

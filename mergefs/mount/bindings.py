@@ -14,6 +14,9 @@ from typing import Any, Final, Protocol
 
 from mergefs.errors import MountError
 
+SOURCE: Final = "mergefs"
+"""What the list of mounts names as the mounted device, where nobody says otherwise."""
+
 WITHOUT_FUSE: Final = "where FUSE cannot be had, `mergefs.open()` and `mergefs materialize` give the same bytes"
 
 _INSTALL: Final = (
@@ -102,14 +105,18 @@ def load_binding() -> Binding:
     raise MountError(_INSTALL.format(reasons="; ".join(reasons)))
 
 
-def mount_options(allow_other: bool, libfuse: tuple[int, int]) -> dict[str, str | bool | float | int]:
+def mount_options(
+    allow_other: bool, libfuse: tuple[int, int], source: str = SOURCE
+) -> dict[str, str | bool | float | int]:
     """Return the options of every mount, in the words of libfuse of that version.
 
-    There is no ``direct_io``, which would break mmap.
+    ``source`` is what the list of mounts names as the mounted device. There is no ``direct_io``, which would break
+    mmap.
     """
     options: dict[str, str | bool | float | int] = {
         "ro": True,
-        "fsname": "mergefs",
+        # Encoded as the mount point is, below; a comma would end the option.
+        "fsname": os.fsencode(source).decode("latin-1").replace("\\", "\\\\").replace(",", "\\,"),
         "subtype": "mergefs",
         "default_permissions": True,
         "use_ino": True,
@@ -124,7 +131,7 @@ def mount_options(allow_other: bool, libfuse: tuple[int, int]) -> dict[str, str 
     return options
 
 
-def run(binding: Binding, operations: Operations, mountpoint: Path, allow_other: bool) -> None:
+def run(binding: Binding, operations: Operations, mountpoint: Path, allow_other: bool, source: str = SOURCE) -> None:
     """Mount ``operations`` on ``mountpoint`` and serve them until the mount is gone; the calling thread is taken.
 
     Raises MountError when libfuse could not mount, or when its loop ended with an error.
@@ -138,7 +145,7 @@ def run(binding: Binding, operations: Operations, mountpoint: Path, allow_other:
             os.fsencode(mountpoint).decode("latin-1"),
             foreground=True,
             encoding="latin-1",
-            **mount_options(allow_other, binding.libfuse),
+            **mount_options(allow_other, binding.libfuse, source),
         )
     except RuntimeError as error:
         status = error.args[0] if error.args else None

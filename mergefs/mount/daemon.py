@@ -38,13 +38,14 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """How to mount. ``log_file`` None means a file of its own in the user's state directory, or stderr in the
-    foreground."""
+    foreground. ``source`` is what the list of mounts names as what is mounted."""
 
     mountpoint: Path
     foreground: bool
     allow_other: bool
     log_file: Path | None
     verbose: bool
+    source: str = bindings.SOURCE
 
 
 class _StoppedError(BaseException):
@@ -224,7 +225,7 @@ class _Server:
 
     def _serve(self, on_ready: Callable[[], None]) -> None:
         tree = self._build()
-        serve_tree(self.binding, tree, self.mountpoint, self.options.allow_other, on_ready)
+        serve_tree(self.binding, tree, self.mountpoint, self.options.allow_other, on_ready, self.options.source)
 
     def run_as_daemon(self, writing: int) -> NoReturn:
         """Serve in this forked process; never returns."""
@@ -282,7 +283,7 @@ class _Server:
     def _serve_from_root(self, announce: Callable[[], None]) -> None:
         tree = self._build()
         os.chdir("/")  # keep no other file system busy
-        serve_tree(self.binding, tree, self.mountpoint, self.options.allow_other, announce)
+        serve_tree(self.binding, tree, self.mountpoint, self.options.allow_other, announce, self.options.source)
 
 
 def _close_inherited(keep: int) -> None:

@@ -123,22 +123,32 @@ class _Announcer(threading.Thread):
 
 
 def serve_tree(
-    binding: bindings.Binding, tree: Tree, mountpoint: Path, allow_other: bool, on_ready: Callable[[], None]
+    binding: bindings.Binding,
+    tree: Tree,
+    mountpoint: Path,
+    allow_other: bool,
+    on_ready: Callable[[], None],
+    source: str = bindings.SOURCE,
 ) -> None:
     """Show ``tree`` on ``mountpoint`` until it is unmounted or SIGINT, SIGTERM or SIGHUP ends it; then close the tree.
 
-    Must be called in the main thread. ``on_ready`` is called from another thread once the mount answers; raising
-    BrokenPipeError there ends the session. SIGUSR1 writes the stacks of all threads to stderr. Raises MountError with
-    libfuse's own words when the mount fails.
+    Must be called in the main thread. The list of mounts names ``source`` as what is mounted. ``on_ready`` is called
+    from another thread once the mount answers; raising BrokenPipeError there ends the session. SIGUSR1 writes the
+    stacks of all threads to stderr. Raises MountError with libfuse's own words when the mount fails.
     """
     try:
-        _serve(binding, tree, mountpoint, allow_other, on_ready)
+        _serve(binding, tree, mountpoint, allow_other, on_ready, source)
     finally:
         tree.close()
 
 
 def _serve(
-    binding: bindings.Binding, tree: Tree, mountpoint: Path, allow_other: bool, on_ready: Callable[[], None]
+    binding: bindings.Binding,
+    tree: Tree,
+    mountpoint: Path,
+    allow_other: bool,
+    on_ready: Callable[[], None],
+    source: str,
 ) -> None:
     faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
     # libfuse takes these over, to end its loop and unmount, but only where nobody else handles or ignores them.
@@ -151,7 +161,7 @@ def _serve(
         operations = TreeOperations(tree, mountpoint, announcer.initialised.set)
         announcer.start()
         try:
-            bindings.run(binding, operations, mountpoint, allow_other)
+            bindings.run(binding, operations, mountpoint, allow_other, source)
         except MountError as error:
             capture.stop()
             if operations.initialised:
