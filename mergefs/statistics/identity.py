@@ -1,6 +1,7 @@
 """What a tensor is called in the catalog: by its content once that is known, before that by its file."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from blake3 import blake3
 
@@ -26,16 +27,16 @@ def local_key(place: Place) -> bytes:
     """Return the key of a tensor by the files that it comes from: header, size, times and inode."""
     if isinstance(place, StoredTensor):
         found = place.shard.fingerprint
-        return digest(
-            "local",
-            place.shard.header.digest,
-            found.size,
-            found.mtime_ns,
-            found.ctime_ns,
-            found.inode,
-            place.tensor.name,
+        return _stored_key(
+            place.shard.header.digest, found.size, found.mtime_ns, found.ctime_ns, found.inode, place.tensor.name
         )
     return digest("computed", place.formula, *map(local_key, place.parts))
+
+
+@lru_cache(maxsize=1 << 15)
+def _stored_key(header: bytes, size: int, mtime_ns: int, ctime_ns: int, inode: int, name: str) -> bytes:
+    """Return the key of a tensor in a file; planning asks for that of each of thousands a dozen times."""
+    return digest("local", header, size, mtime_ns, ctime_ns, inode, name)
 
 
 def tensor_keys(place: Place, catalog: Catalog) -> tuple[bytes, ...]:
