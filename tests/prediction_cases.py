@@ -15,8 +15,11 @@ from safetensors.torch import save_file
 from mergefs.engine.engine import Engine
 from mergefs.engine.workspace import Workspace
 from mergefs.kernels.precision import load
-from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planes.analysis import analyze_planes
+from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan, make_plan
 from mergefs.planner.plan import BudgetOutcome, MergePlan
+from mergefs.planner.planes import delta_tasks
+from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
 from mergefs.sources.ledger import Purpose
 
@@ -206,10 +209,18 @@ def differences(plan: MergePlan, full: MergePlan, workspace: Workspace) -> tuple
     return math.sqrt(error), math.sqrt(merged)
 
 
-def random_outcomes(directory: Path, workspace: Workspace, count: int, seed: int) -> Iterator[Outcome]:
+def keep_planes(recipe: Path, base: str | None, planes: int, workspace: Workspace) -> None:
+    """Analyse the models of a recipe, and keep their deltas in planes too."""
+    draft = draft_plan(load_recipe(recipe), PlanOptions(None, base), workspace)
+    analyze_draft(draft, workspace, Silence())
+    tasks = delta_tasks(draft.tensors, draft.sources, planes)
+    analyze_planes(tasks, workspace.catalog, workspace.reader, Silence())
+
+
+def random_outcomes(directory: Path, workspace: Workspace, count: int, seed: int, planes: int = 0) -> Iterator[Outcome]:
     """Yield the outcomes of random pairs of a recipe and a budget, an odd number of bytes.
 
-    Each family has five recipes, and each recipe two budgets.
+    Each family has five recipes, and each recipe two budgets; deltas are kept in ``planes`` where there are to be some.
     """
     generator = np.random.default_rng(seed)
     for number in range(count // 2):
@@ -218,6 +229,8 @@ def random_outcomes(directory: Path, workspace: Workspace, count: int, seed: int
         method = METHODS[number % len(METHODS)]
         recipe = write_random_recipe(directory / f"{number}.yml", method, family, generator)
         base = None if method.base else str(family.base)
+        if planes:
+            keep_planes(recipe, base, planes, workspace)
         total = make_plan(load_recipe(recipe), PlanOptions(None, base), workspace).outcome.expert_bytes_total
         for _ in range(2):
             yield measured(recipe, str(int(generator.integers(0, total))), base, workspace)

@@ -21,6 +21,8 @@ That of one is 0.18 of the square of its unit for numbers of all sizes, and four
 """
 
 
+_MEAN_UNIT: Final = 2.16
+"""The mean square of the unit in the last place, beside that of numbers of all sizes and of their unit roundoff."""
 _SMALL_NOISE: Final = 0.01
 """Up to this share of the merged delta's squared norm, what is rounded on the way is small."""
 
@@ -77,22 +79,36 @@ def _rounded(tensor: TensorPlan, evidence: Evidence, residuals: Residuals, exact
     computed = residuals.selection.computed
     noise = np.zeros_like(base) if response.rounding is None else _RMS * response.rounding.base_noise**2 * base
 
-    def after(change: NDArray[np.float64], beside: NDArray[np.float64], of: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Return a change of the blocks, which elements have where a delta in ``of`` (bool [n, b]) has one."""
-        changed = np.minimum(np.where(of & weighs[:, np.newaxis], evidence.changed, 0).sum(axis=0), sizes)
+    def after(change: NDArray[np.float64], beside: NDArray[np.float64], of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return a change of the blocks, which as many elements have as inputs have in ``of`` (float64 [n, b])."""
+        changed = np.minimum(of[weighs].sum(axis=0), sizes)
         changed = np.maximum(changed, 1) if response.offset == 0 else sizes
         rounded = rounded_change(change / changed, beside / sizes, base / sizes, tensor.dtype, on_grid) * changed
         kept: NDArray[np.float64] = np.where(change > 0, rounded, 0.0)
         return kept
 
-    everything: NDArray[np.bool_] = np.ones_like(evidence.changed, dtype=np.bool_)
-    missing = residuals.by_block(residuals.left) > 0
     nothing = np.zeros_like(base)
-    merged = after(exact.merged + noise, nothing, everything)
+    merged = after(exact.merged + noise, nothing, evidence.changed.astype(np.float64))
     twice = np.where(exact.error > 0, exact.error + 2 * noise, 0.0)
-    partly = after(twice, np.maximum(exact.merged - exact.error, 0.0), missing)
+    partly = after(twice, np.maximum(exact.merged - exact.error, 0.0), _unlike(tensor, evidence, residuals, base))
     small = float(noise.sum()) <= _SMALL_NOISE * float(exact.merged.sum())
     return Expected(np.where(computed, partly, merged), merged, response.fixed and small)
+
+
+def _unlike(
+    tensor: TensorPlan, evidence: Evidence, residuals: Residuals, base: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return how many elements (float64 [n, b]) of each input are expected not to be what they are in the full merge.
+
+    What planes decode to is rounded to the compute dtype too: so where little is left, most elements are right and the
+    others are off by a unit in the last place.
+    """
+    left = residuals.by_block(residuals.left)
+    units = _MEAN_UNIT * unit_roundoff(tensor.compute) ** 2 * base / np.maximum(evidence.sizes, 1)
+    by_units = left / np.maximum(units, np.finfo(np.float64).tiny)
+    coarse = residuals.in_any_cell(residuals.coarse)
+    unlike: NDArray[np.float64] = np.where(coarse, np.minimum(evidence.changed, by_units), evidence.changed)
+    return np.where(left > 0, unlike, 0.0)
 
 
 def _keeps_the_grid(tensor: TensorPlan, response: Response) -> bool:
@@ -102,8 +118,14 @@ def _keeps_the_grid(tensor: TensorPlan, response: Response) -> bool:
 
 
 def _common_share(residuals: Residuals, shares: NDArray[np.float64], first: int, second: int) -> NDArray[np.float64]:
-    """Return which share of two deltas' inner product is left in each block; cells count by their common energy."""
-    common: NDArray[np.float64] = shares[first] * shares[second]
+    """Return which share of two deltas' inner product is left in each block; cells count by their common energy.
+
+    Of inputs with the same bytes the same is left; what is left of others has little to do with each other.
+    """
+    givers = residuals.selection.givers
+    per_block = residuals.selection.grid.step // residuals.selection.cell
+    alike = np.repeat(givers[first] == givers[second], per_block)[: shares.shape[1]]
+    common: NDArray[np.float64] = shares[first] * np.where(alike, 1.0, shares[second])
     if residuals.selection.cell == residuals.selection.grid.step:
         return common
     weights = np.sqrt(residuals.energies[first] * residuals.energies[second])
