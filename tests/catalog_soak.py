@@ -29,6 +29,7 @@ _KILLED_OF = 3
 _LONGEST_LIFE = 4.0
 """Seconds within which a command that is to be killed is."""
 _DEADLINE = 240
+_COMMANDS = ("analyze", "plan", "materialize", "mount", "check", "gc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,9 @@ class Worker:
     def run(self) -> None:
         """Work until time is up."""
         while time.monotonic() < self.soak.stop:
-            self.chance.choice((self.analyze, self.plan, self.materialize, self.materialize, self.mount))()
+            self.chance.choice(
+                (self.analyze, self.plan, self.materialize, self.materialize, self.mount, self.mount, self.keep_house)
+            )()
 
     def command(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str] | None":
         """Run a command; None when it was killed. One that ends by itself must end well."""
@@ -115,7 +118,7 @@ class Worker:
             text=True,
             start_new_session=True,
         )
-        name = next(str(one) for one in arguments if one in ("analyze", "plan", "materialize", "mount"))
+        name = next(str(one) for one in arguments if one in _COMMANDS)
         life = self.chance.uniform(0, _LONGEST_LIFE) if self.chance.randrange(_KILLED_OF) == 0 else None
         try:
             output, errors = process.communicate(timeout=_DEADLINE if life is None else life)
@@ -123,6 +126,9 @@ class Worker:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             self.soak.note(f"{name}: killed", None if life is not None else "it did not end")
+            return None
+        if process.returncode and "was removed from" in errors and "run the command again" in errors:
+            self.soak.note(f"{name}: told to run again, since gc has removed the plan")
             return None
         failure = None if process.returncode == 0 else f"status {process.returncode}: {errors}"
         self.soak.note(f"{name}: done" if failure is None else f"{name}: failed", failure)
@@ -136,6 +142,10 @@ class Worker:
     def analyze(self) -> None:
         """Gather statistics, with planes."""
         self.command("analyze", self.chance.choice(self.soak.analysed), "--planes", str(self.chance.randint(1, 2)))
+
+    def keep_house(self) -> None:
+        """Check the catalog while others are at work, or remove what nothing needs at this moment."""
+        self.command("catalog", *self.chance.choice((("check",), ("gc", "--older-than", "0"), ("gc", "--compact"))))
 
     def plan(self) -> None:
         """Make a plan."""

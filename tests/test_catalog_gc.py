@@ -21,7 +21,7 @@ from sound_catalog import RECORDS
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.catalog.check.run import check
-from mergefs.catalog.records import ContentRecord, VocabularyRecord
+from mergefs.catalog.records import ContentRecord, TransactionRecord, VocabularyRecord
 from mergefs.catalog.schema import SCHEMA
 from mergefs.cli import main
 from mergefs.engine.workspace import Workspace
@@ -342,3 +342,45 @@ def test_the_command_shows_what_was_removed_and_the_space(
     info = json.loads(capsys.readouterr().out)
     assert set(info["bytes"]) == {"meta", *SCHEMA, "free", "plane files"}
     assert msgspec.json.encode(info)
+
+
+# Races ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_a_run_begins_to_write_meanwhile_is_kept(recipe: Path, place: Path) -> None:
+    gather(recipe)
+    record = RECORDS["transactions"][1]
+    assert isinstance(record, TransactionRecord)
+    with Catalog(place) as catalog:
+        (plan,) = catalog.kept("plans")
+        entries = catalog.kept("entries")
+        begun = msgspec.structs.replace(record, plan_id=plan.record.plan_id, state="begun", manifest="")
+        assert catalog.begin_transaction(begun)
+        assert catalog.remove([("plans", plan), *(("entries", entry) for entry in entries)]) == 0
+        assert catalog.counts()["entries"] == len(entries) > 0
+
+
+def test_a_run_whose_plan_was_removed_meanwhile_says_to_run_again(
+    recipe: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Catalog.begin_transaction
+
+    def begin(catalog: Catalog, record: TransactionRecord) -> bool:
+        catalog.remove([("plans", kept) for kept in catalog.kept("plans")])
+        return real(catalog, record)
+
+    monkeypatch.setattr(Catalog, "begin_transaction", begin)
+    assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 1
+    assert "was removed from" in capsys.readouterr().err
+    assert counts(place)["transactions"] == 0
+    monkeypatch.undo()
+    monkeypatch.setenv("MERGEFS_CATALOG", str(place))
+    assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 0
+
+
+def test_what_was_read_of_a_plan_that_was_removed_is_not_kept(recipe: Path, place: Path) -> None:
+    with open_model(recipe, catalog=place) as model, Catalog(place) as catalog:
+        model.read_file("model.safetensors")
+        catalog.remove([(table, kept) for table in ("plans", "entries") for kept in catalog.kept(table)])
+    assert counts(place)["readings"] == 0
+    assert check(place).findings == ()

@@ -12,7 +12,7 @@ import msgspec
 
 from mergefs.catalog.directory import PLANES
 from mergefs.catalog.envelope import Envelope, UnsealedError, decode, enclose, today, unseal
-from mergefs.catalog.environment import Environment, Put
+from mergefs.catalog.environment import Environment, Put, View
 from mergefs.catalog.naming import key_of_entry, name_of_key
 from mergefs.catalog.records import (
     CheckpointRecord,
@@ -37,6 +37,9 @@ from mergefs.errors import CatalogError
 FORMAT: Final = 2
 """2: every value is sealed and says when it was kept and what it is about; statistics of blocks have sketches."""
 FORMAT_KEY: Final = b"format"
+
+_OF_PLANS: Final = ("plans", "entries", "readings")
+"""Tables whose keys begin with the id of a plan."""
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -244,13 +247,20 @@ class Catalog:
         return self._get("readings", plan_id.encode(), ReadingRecord)
 
     def keep_reading(self, record: ReadingRecord) -> None:
-        """Write at once what has been read of a plan."""
+        """Write at once what has been read of a plan, unless the plan has been removed meanwhile."""
         key = record.plan_id.encode()
-        self._environment.write([("readings", key, enclose("readings", key, record))])
+        self._environment.write([("readings", key, enclose("readings", key, record))], given=("plans", key))
 
     def transactions(self) -> list[TransactionRecord]:
         """Return every transaction."""
         return self._all("transactions", TransactionRecord)
+
+    def begin_transaction(self, record: TransactionRecord) -> bool:
+        """Write at once that a transaction has begun, if its plan is there; return whether it is."""
+        key = record.transaction_id.encode()
+        value = enclose("transactions", key, record)
+        self._environment.write([("transactions", key, value)], given=("plans", record.plan_id.encode()))
+        return self._environment.get("transactions", key) == value
 
     def keep_transaction(self, record: TransactionRecord) -> None:
         """Write the state of a transaction at once."""
@@ -281,8 +291,25 @@ class Catalog:
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def remove(self, records: Iterable[tuple[str, "Kept"]]) -> int:
-        """Remove records (with their tables) that nobody has written anew meanwhile; return how many those were."""
-        return self._environment.remove([(table, kept.key, kept.value) for table, kept in records])
+        """Remove records (with their tables) that nobody has written anew meanwhile; return how many those were.
+
+        A plan that a transaction has begun to write meanwhile stays, with all that belongs to it.
+        """
+        listed = list(records)
+        ended = {kept.key for table, kept in listed if table == "transactions"}
+        named: set[bytes] | None = None
+
+        def keep(view: View, table: str, key: bytes) -> bool:
+            nonlocal named
+            if named is None:
+                named = {
+                    self._decode("transactions", at, value, TransactionRecord).record.plan_id.encode()
+                    for at, value in view.items("transactions")
+                    if at not in ended
+                }
+            return table in _OF_PLANS and key.partition(b"/")[0] in named
+
+        return self._environment.remove([(table, kept.key, kept.value) for table, kept in listed], keep)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,14 +135,22 @@ class Environment:
         with self._transaction(write=False) as transaction:
             yield View(transaction, self._tables, self._lmdb.open_db(None, txn=transaction))
 
-    def remove(self, expected: Sequence[tuple[str, bytes, bytes]]) -> int:
-        """Remove records (table, key, value) that still have the value, in one transaction; return how many had."""
+    def remove(
+        self,
+        expected: Sequence[tuple[str, bytes, bytes]],
+        keep: Callable[["View", str, bytes], bool] = lambda view, table, key: False,
+    ) -> int:
+        """Remove records (table, key, value) that still have the value, in one transaction; return how many had.
+
+        Those that ``keep`` is true of, in the state that the transaction finds, stay.
+        """
         removed = 0
         if not expected:
             return removed
         with self._transaction(write=True) as transaction:
+            view = View(transaction, self._tables, None)
             for table, key, value in expected:
-                if transaction.get(key, db=self._tables[table]) == value:
+                if view.get(table, key) == value and not keep(view, table, key):
                     removed += bool(transaction.delete(key, db=self._tables[table]))
         return removed
 
@@ -196,12 +204,17 @@ class Environment:
         """Return the bytes that the file takes on the disk."""
         return (self._path / DATA).stat().st_blocks * 512
 
-    def write(self, puts: Sequence[Put]) -> None:
-        """Apply ``puts`` in one durable transaction: all of them or none."""
+    def write(self, puts: Sequence[Put], given: tuple[str, bytes] | None = None) -> None:
+        """Apply ``puts`` in one durable transaction: all of them or none.
+
+        Where a table and a key are ``given``, none while there is no such record.
+        """
         while True:
             announced = False
             try:
                 with self._transaction(write=True) as transaction:
+                    if given is not None and transaction.get(given[1], db=self._tables[given[0]]) is None:
+                        return
                     try:
                         self._apply(puts, transaction)
                     except lmdb.MapFullError:

@@ -35,7 +35,10 @@ class Transaction:
 
     @classmethod
     def begin(cls, catalog: Catalog, stage: Staging, plan_id: str, transaction_id: str | None = None) -> "Transaction":
-        """Write down that work has begun, or goes on, and return it."""
+        """Write down that work has begun, or goes on, and return it.
+
+        Raises MaterializeError where the plan is not in the catalog any more: a transaction without one tells nothing.
+        """
         record = TransactionRecord(
             transaction_id=transaction_id or uuid.uuid4().hex,
             plan_id=plan_id,
@@ -45,7 +48,11 @@ class Transaction:
             pid=os.getpid(),
             changed_ns=time.time_ns(),
         )
-        catalog.keep_transaction(record)
+        if not catalog.begin_transaction(record):
+            raise MaterializeError(
+                f"{stage.destination}: the plan {plan_id} was removed from {catalog.path} meanwhile, as "
+                "`mergefs catalog gc` does with plans that nothing uses; run the command again"
+            )
         return cls(catalog, record)
 
     def moved_to(self, state: State, manifest: str = "", content: str = "") -> "Transaction":
