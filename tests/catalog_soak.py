@@ -178,7 +178,8 @@ class Worker:
 
     def clear(self, mountpoint: Path, log: Path) -> None:
         """Take away what is mounted, and wait for the server."""
-        clear_mounts_below(mountpoint)
+        with contextlib.suppress(subprocess.CalledProcessError):  # its server may be taking it away at this moment
+            clear_mounts_below(mountpoint)
         if log.exists() and (server := self.server(log)):
             with contextlib.suppress(ChildProcessError, ProcessLookupError):
                 os.kill(server, signal.SIGTERM)
