@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.records import VectorRecord
-from mergefs.kernels.precision import load
+from mergefs.kernels.precision import Raw, load
 from mergefs.planner.identity import bought_digest
 from mergefs.planner.levels import NOTHING, Selection
 from mergefs.planner.merged import merge_formula
@@ -58,7 +58,7 @@ class Sampler:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._full: dict[tuple[str, int], tuple[NDArray[np.float64], float]] = {}
+        self._full: dict[tuple[str, int], tuple[Raw, float]] = {}
 
     def known(self, candidates: Sequence[Candidate]) -> Measured | None:
         """Return what the catalog knows that the selections of ``candidates`` leave out, or None."""
@@ -126,8 +126,7 @@ class Sampler:
         places = [place for place, block in enumerate(blocks) if candidate.affected[block]]
         partly = self._workspace.merge_blocks(tensor, [blocks[place] for place in places])
         for place, raw in zip(places, partly, strict=True):
-            values = load(raw, tensor.dtype, tensor.dtype).astype(np.float64)
-            found[place, 0] = _square(values - self._full[tensor.name, blocks[place]][0])
+            found[place, 0] = _square(tensor, raw, self._full[tensor.name, blocks[place]][0])
         return found
 
     def _merge_fully(self, tensor: TensorPlan, blocks: Sequence[int]) -> None:
@@ -135,9 +134,8 @@ class Sampler:
         missing = [block for block in blocks if (tensor.name, block) not in self._full]
         whole, untouched = replace(tensor, selection=None), replace(tensor, selection=_nothing(tensor))
         both = (self._workspace.merge_blocks(one, missing) for one in (whole, untouched))
-        for block, *raws in zip(missing, *both, strict=True):
-            full, base = (load(raw, tensor.dtype, tensor.dtype).astype(np.float64) for raw in raws)
-            self._full[tensor.name, block] = full, _square(full - base)
+        for block, full, base in zip(missing, *both, strict=True):
+            self._full[tensor.name, block] = full, _square(tensor, full, base)
 
 
 def _nothing(tensor: TensorPlan) -> Selection:
@@ -156,9 +154,15 @@ def _shares(squares: NDArray[np.float64]) -> NDArray[np.float64]:
     return squares / total if total > 0 else np.full(squares.size, 1 / squares.size)
 
 
-def _square(values: NDArray[np.float64]) -> float:
-    """Return the squared norm; what is not finite counts as nothing, since no prediction of it means anything."""
-    finite = values[np.isfinite(values)]
+def _square(tensor: TensorPlan, first: Raw, second: Raw) -> float:
+    """Return the squared norm of the difference of two blocks of a merged tensor.
+
+    What is not finite counts as nothing, since no prediction of it means anything.
+    """
+    values, others = (load(raw, tensor.dtype, tensor.dtype).astype(np.float64) for raw in (first, second))
+    with np.errstate(all="ignore"):
+        difference = values - others
+    finite = difference[np.isfinite(difference)]
     return float((finite * finite).sum())
 
 
