@@ -36,14 +36,15 @@ KINDS: Final = {"gram": "from norms and angles (linear methods)", "sampled": "fr
 @click.argument("figure", required=False, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--pairs", default=200, show_default=True, help="How many pairs.")
 @click.option("--seed", default=4, show_default=True, help="Seed of the families, recipes and budgets.")
-def main(figure: Path | None, pairs: int, seed: int) -> None:
+@click.option("--planes", default=0, show_default=True, help="Keep deltas in so many planes too, for budgets to buy.")
+def main(figure: Path | None, pairs: int, seed: int, planes: int) -> None:
     """Predict and measure random budgets, and draw FIGURE."""
     blocks.BLOCK_ELEMENTS = BLOCK_ELEMENTS
     sampled.EVERYTHING_BYTES = 0
     with tempfile.TemporaryDirectory() as directory:
         workspace = Workspace.create(Catalog(Path(directory) / "catalog"))
         outcomes = []
-        for outcome in random_outcomes(Path(directory), workspace, pairs, seed):
+        for outcome in random_outcomes(Path(directory), workspace, pairs, seed, planes):
             outcomes.append(outcome)
             print_outcome(outcome)
         workspace.close()
