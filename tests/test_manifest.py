@@ -19,12 +19,13 @@ from sentences import said_by
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
+from mergefs.cli import materialize as materialize_command
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import UsageError, VerificationError
+from mergefs.materialize import writer
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, read_manifest
 from mergefs.materialize.recomputing import Sample, recompute, verify_deep
 from mergefs.materialize.verify import find_damage, verify
-from mergefs.sources import blocks
 
 WEIGHTS = "model.safetensors"
 FLIPS = 1000
@@ -113,19 +114,20 @@ def test_nothing_of_the_time_or_the_machine_is_in_what_is_hashed(written: Path) 
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_blocks_threads_shards_places_and_catalogs_make_no_difference(
+def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = MERGES[name]
     kept: list[dict[str, bytes]] = []
-    for number, (shards, workers, elements) in enumerate([(1, 1, 512 * 1024), (3, 7, 512 * 1024), (2, 3, 1024)]):
+    for number, (shards, workers, chunk) in enumerate([(1, 1, 8), (3, 7, 1), (2, 3, 2)]):
         place = tmp_path / str(number)
         models = family(place, experts=2, dtype=torch.bfloat16, tied=False, shards=shards)
         relative = Family(Path(models.base.name), tuple(Path(expert.name) for expert in models.experts))
         recipe = write_recipe(place / "recipe.yml", merge, relative)
         monkeypatch.chdir(place)
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(materialize_command, "_CACHE_SIZE", chunk * 1000)
+        monkeypatch.setattr(writer, "_CHUNK", chunk * PIECE)
         said = said_by("--catalog", place / "catalog", "materialize", recipe.name, "out")
         assert said.status == 0, said.stderr
         kept.append({path.name: path.read_bytes() for path in (place / "out").iterdir()})

@@ -26,7 +26,7 @@ from mergefs.materialize.writer import ModelWriter, Written, write_file
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
-from mergefs.statistics.identity import KEY_BYTES, content_identity
+from mergefs.statistics.identity import content_identity
 from mergefs.units import format_size
 
 _MARGIN: Final = 16 * 2**20
@@ -181,10 +181,7 @@ class _Run:
         written = writer.write()
         _check_sources(self._files)  # what was written to meanwhile may have been read before and after
         content = content_identity(
-            [
-                (name, entry.dtype, entry.shape, bytes.fromhex(entry.blake3)[:KEY_BYTES])
-                for name, entry in written.tensors.items()
-            ]
+            [(name, entry.dtype, entry.shape, written.contents[name]) for name, entry in written.tensors.items()]
         )
         planned = self._plan.outcome.expert_bytes_planned
         read = self._read_by_all_runs()

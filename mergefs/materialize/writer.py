@@ -21,8 +21,9 @@ from mergefs.errors import MaterializeError
 from mergefs.materialize.journal import Journal, Piece, Read
 from mergefs.materialize.manifest import PIECE, FileEntry, TensorEntry
 from mergefs.materialize.system import read_all, sync, sync_directory, write_all
-from mergefs.planner.plan import OutputFile
+from mergefs.planner.plan import OutputFile, TensorPlan
 from mergefs.progress import Progress
+from mergefs.statistics.identity import content_digest
 
 _CHUNK: Final = 8 * PIECE
 _AHEAD: Final = 4
@@ -35,10 +36,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: hashes by name, and the bytes that were found to be there from an earlier run."""
+    """What was written: hashes by name, and the bytes that were found to be there from an earlier run.
+
+    ``contents`` are the digests that the tensors are known by as inputs (``content_digest``).
+    """
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    contents: dict[str, bytes]
     reused_bytes: int
 
 
@@ -80,7 +85,7 @@ class ModelWriter:
         Raises MaterializeError when the disk fails, and the errors of the engine.
         """
         entries: dict[str, FileEntry] = {}
-        tensors: dict[str, TensorEntry] = {}
+        hashes: list[_TensorHashes] = []
         reused = 0
         self._clear()
         weights = {file.name: file for file in self._files.plan.files}
@@ -93,12 +98,14 @@ class ModelWriter:
                 path = self._directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if name in weights:
-                    entries[name], kept = self._write_weights(path, weights[name], pool, syncing, tensors)
+                    entries[name], kept = self._write_weights(path, weights[name], pool, syncing, hashes)
                     reused += kept
                 else:
                     entries[name] = write_file(path, self._files.read(name, 0, size))
                     self._progress.advance(size)
-        return Written(entries, tensors, reused)
+        tensors = {name: entry for one in hashes for name, entry in one.entries().items()}
+        contents = {name: content for one in hashes for name, content in one.contents().items()}
+        return Written(entries, tensors, contents, reused)
 
     def _clear(self) -> None:
         """Remove what is not to be used again: all but weight files that the journal tells of."""
@@ -119,9 +126,9 @@ class ModelWriter:
         file: OutputFile,
         pool: ThreadPoolExecutor,
         syncing: ThreadPoolExecutor,
-        tensors: dict[str, TensorEntry],
+        hashes: list["_TensorHashes"],
     ) -> tuple[FileEntry, int]:
-        """Write one weight file, add its ``tensors``, and return its entry and the bytes that were used again."""
+        """Write one weight file, add the ``hashes`` of its tensors; return its entry and the bytes used again."""
         whole, parts = blake3(), _TensorHashes(self._files, file)
         pieces: list[str] = []
         reused = done = 0
@@ -147,7 +154,7 @@ class ModelWriter:
                 os.close(descriptor)
         except OSError as error:
             raise _failed(path, done, error) from error
-        tensors |= parts.entries()
+        hashes.append(parts)
         return FileEntry(file.size, whole.hexdigest(), tuple(pieces)), reused
 
     def _chunks(self, descriptor: int, file: OutputFile, pool: ThreadPoolExecutor) -> Iterator[_Chunk]:
@@ -236,7 +243,12 @@ class _TensorHashes:
     file: OutputFile
     _current: int = 0
     _hasher: blake3 = field(default_factory=blake3)
+    _blocks: "_BlockHashes" = field(default_factory=lambda: _BlockHashes(0))
     _digests: list[str] = field(default_factory=list)
+    _contents: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._begin()
 
     def update(self, offset: int, data: bytes) -> None:
         """Take the next bytes of the file, which lie at ``offset``."""
@@ -246,12 +258,23 @@ class _TensorHashes:
             end = begin + self._size(self._current)
             if begin >= offset + len(data) and end > begin:
                 return
-            self._hasher.update(view[max(begin - offset, 0) : max(end - offset, 0)])
+            part = view[max(begin - offset, 0) : max(end - offset, 0)]
+            self._hasher.update(part)
+            self._blocks.update(part)
             if end > offset + len(data):
                 return
+            plan = self._plan(self._current)
             self._digests.append(self._hasher.hexdigest())
-            self._hasher = blake3()
+            self._contents.append(content_digest(plan.dtype, plan.shape, self._blocks.finish()))
             self._current += 1
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin with the next tensor, where there is one."""
+        self._hasher = blake3()
+        if self._current < len(self.file.tensors):
+            plan = self._plan(self._current)
+            self._blocks = _BlockHashes(plan.grid.step * plan.dtype.itemsize)
 
     def entries(self) -> dict[str, TensorEntry]:
         """Return the entry of every tensor, once the whole file has been seen."""
@@ -263,8 +286,45 @@ class _TensorHashes:
             )
         }
 
+    def contents(self) -> dict[str, bytes]:
+        """Return the digest of every tensor's contents, once the whole file has been seen."""
+        return dict(zip(self.file.tensors, self._contents, strict=True))
+
     def _size(self, index: int) -> int:
-        return self.files.plan.tensors[self.file.tensors[index]].nbytes
+        return self._plan(index).nbytes
+
+    def _plan(self, index: int) -> TensorPlan:
+        return self.files.plan.tensors[self.file.tensors[index]]
+
+
+class _BlockHashes:
+    """Hashes each block, of ``step`` bytes, of a tensor that comes in order; the last one may be shorter."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._left = step
+        self._hasher = blake3()
+        self._hashes: list[bytes] = []
+
+    def update(self, part: memoryview) -> None:
+        """Take the next bytes."""
+        while part:
+            taken = part[: self._left]
+            self._hasher.update(taken)
+            self._left -= len(taken)
+            part = part[len(taken) :]
+            if not self._left:
+                self._end_block()
+
+    def finish(self) -> list[bytes]:
+        """Return the hashes of all blocks."""
+        if self._left < self._step:
+            self._end_block()
+        return self._hashes
+
+    def _end_block(self) -> None:
+        self._hashes.append(self._hasher.digest())
+        self._hasher, self._left = blake3(), self._step
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
