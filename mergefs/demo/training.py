@@ -71,11 +71,39 @@ class Family:
     domains: tuple[str, ...]
 
 
-def train_family(directory: Path, options: FamilyOptions, domains: Sequence[Domain], report: Report) -> Family:
+def build_model(options: FamilyOptions) -> Any:
+    """Return a LlamaForCausalLM of the options' shape with random float32 weights from torch's generator."""
+    transformers = import_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.key_value_heads,
+        intermediate_size=options.intermediate_size,
+        max_position_embeddings=2 * options.context,
+        tie_word_embeddings=False,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        # For windows this short plain matrix products beat the fused attention of torch's CPU backend.
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config).float()
+
+
+def train_family(
+    directory: Path,
+    options: FamilyOptions,
+    domains: Sequence[Domain],
+    report: Report,
+    build: Callable[[FamilyOptions], Any] = build_model,
+) -> Family:
     """Train a base model on all ``domains`` and an expert on each, and return where under ``directory`` they are.
 
     Each is a Hugging Face model directory with sharded bfloat16 safetensors and a tokenizer. A finished family of
-    the same options and the same text is used again, without a call of ``report``.
+    the same options and the same text is used again, without a call of ``report``. ``build`` returns the model before
+    training, a float32 model of transformers with a vocabulary of bytes, whose name is part of the family's record.
     Raises MergefsError when the directory holds other files under the names that it needs, cannot be written, or
     a domain has less training text than one window; MissingDependencyError without transformers.
     """
@@ -90,7 +118,7 @@ def train_family(directory: Path, options: FamilyOptions, domains: Sequence[Doma
         tuple(directory / f"expert-{domain.name}" for domain in domains),
         tuple(domain.name for domain in domains),
     )
-    wanted = _record(family, options, domains)
+    wanted = _record(family, options, domains, build)
     try:
         recorded = _read_record(directory)
         if recorded == wanted and all(_is_complete(model) for model in (family.base, *family.experts)):
@@ -100,7 +128,7 @@ def train_family(directory: Path, options: FamilyOptions, domains: Sequence[Doma
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
-            _train_models(unfinished, family, options, domains, report)
+            _train_models(unfinished, family, options, domains, report, build)
             _install(unfinished, family, wanted)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -114,12 +142,17 @@ def train_family(directory: Path, options: FamilyOptions, domains: Sequence[Doma
 
 
 def _train_models(
-    destination: Path, family: Family, options: FamilyOptions, domains: Sequence[Domain], report: Report
+    destination: Path,
+    family: Family,
+    options: FamilyOptions,
+    domains: Sequence[Domain],
+    report: Report,
+    build: Callable[[FamilyOptions], Any],
 ) -> None:
     """Train all models and save them under ``destination`` with the names that they have in ``family``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        base = build_model(options)
+        base = build(options)
     texts = [torch.frombuffer(bytearray(domain.training), dtype=torch.uint8) for domain in domains]
     autocast = _is_autocast_wanted(base, options)
 
@@ -141,27 +174,6 @@ def _train_models(
         others = [other for other in texts if other is not text]
         stage(expert, f"expert on {domain.name}", number, _with_rehearsal(text, others, options))
         _save(expert, options, destination / path.name)
-
-
-def build_model(options: FamilyOptions) -> Any:
-    """Return a LlamaForCausalLM of the options' shape with random float32 weights from torch's generator."""
-    transformers = import_transformers()
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=options.hidden_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.key_value_heads,
-        intermediate_size=options.intermediate_size,
-        max_position_embeddings=2 * options.context,
-        tie_word_embeddings=False,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-        # For windows this short plain matrix products beat the fused attention of torch's CPU backend.
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(config).float()
 
 
 def _with_rehearsal(text: torch.Tensor, others: Sequence[torch.Tensor], options: FamilyOptions) -> list[torch.Tensor]:
@@ -255,11 +267,14 @@ def _save(model: Any, options: FamilyOptions, directory: Path) -> None:
     write_tokenizer(directory)
 
 
-def _record(family: Family, options: FamilyOptions, domains: Sequence[Domain]) -> dict[str, Any]:
+def _record(
+    family: Family, options: FamilyOptions, domains: Sequence[Domain], build: Callable[[FamilyOptions], Any]
+) -> dict[str, Any]:
     """Return what family.json says of a family: enough to know whether it can be used again."""
     texts = {domain.name: hashlib.sha256(domain.training).hexdigest() for domain in domains}
     return {
         "version": _RECORD_VERSION,
+        "model": build.__name__,
         "base": family.base.name,
         "experts": [expert.name for expert in family.experts],
         "options": asdict(options),
