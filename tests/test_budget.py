@@ -3,13 +3,10 @@
 What is really read is counted by strace and by the kernel's own counters, not by mergefs alone.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,17 +19,18 @@ from checkpoints import Family, family
 from examples import METHODS, Families, FamilyKind
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mounting import environment, mounted_recipes, run_mergefs, wait_for
+from mounting import mounted_recipes, run_mergefs
 from places import source_of, stored_tensor
 from recipes import MERGES, base_options, recipe_document, stand_in, used_experts, write_document, write_recipe
-from strace import Trace, command, read_trace, run
+from strace import Trace
+from ways import WAYS, Reading, read_all
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
 from mergefs.checkpoint import open_checkpoint
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import BudgetError
-from mergefs.mount.mountinfo import all_mounts, find_mount
+from mergefs.mount.mountinfo import all_mounts
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.plan import MergePlan
@@ -67,6 +65,9 @@ class Analysed:
     def header_bytes(self, name: str) -> int:
         models = [open_checkpoint(expert) for expert in used_experts(MERGES[name], self.family)]
         return sum(shard.header.data_start for model in models for shard in model.shards)
+
+    def reading(self, name: str, budget: str) -> Reading:
+        return Reading(self.recipe(name), budget, stand_in(MERGES[name], self.family), self.catalog, self.state)
 
     @property
     def extra(self) -> dict[str, str]:
@@ -378,89 +379,13 @@ def test_a_plan_changes_its_id_with_the_contents_of_a_model(small: Analysed, tmp
 # What the process really reads ----------------------------------------------------------------------------------------
 
 
-def read_all(directory: Path) -> int:
-    """Read every file below ``directory`` and return how many bytes there were."""
-    total = 0
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        with path.open("rb", buffering=0) as file:
-            while chunk := file.read(1 << 20):
-                total += len(chunk)
-    return total
-
-
-@contextlib.contextmanager
-def traced_mount(analysed: Analysed, name: str, budget: str, directory: Path) -> Iterator[tuple[Path, int]]:
-    """Give a mount whose server runs under strace from its start to its end, and that server's process."""
-    mountpoint = directory / "mnt"
-    mountpoint.mkdir(parents=True)
-    arguments = [sys.executable, "-m", "mergefs.cli", "mount", "--foreground", "--budget", budget]
-    arguments += [*base_options(MERGES[name], analysed.family), str(analysed.recipe(name)), str(mountpoint)]
-    with (directory / "stderr").open("wb") as log:
-        process = subprocess.Popen(
-            command(directory / "trace", arguments),
-            env=environment(analysed.state, analysed.extra),
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-        )
-
-    def has_come() -> bool:
-        assert process.poll() is None, (directory / "stderr").read_text()
-        return find_mount(mountpoint) is not None and "serving" in (directory / "stderr").read_text()
-
-    try:
-        wait_for(has_come, "the mount")
-        yield mountpoint, process.pid
-        subprocess.run(["umount", str(mountpoint)], check=True)
-        assert process.wait(timeout=60) == 0
-    finally:
-        if process.poll() is None:
-            subprocess.run(["umount", "-l", str(mountpoint)], check=False)
-            process.terminate()
-            process.wait(timeout=60)
-
-
-def trace_of_mount(analysed: Analysed, name: str, budget: str, directory: Path) -> Trace:
-    with traced_mount(analysed, name, budget, directory) as (mountpoint, _):
-        read_all(mountpoint)
-        status = json.loads(os.getxattr(mountpoint, "user.mergefs.status"))
-        assert status["analysis_bytes_read"] == 0
-        assert status["expert_bytes_reread"] == 0
-        assert status["expert_bytes_read"] == status["expert_bytes_planned"]
-    return read_trace(directory / "trace")
-
-
-_READ_ALL_TENSORS = """
-import sys, mergefs
-recipe, budget, base = sys.argv[1:]
-with mergefs.open(recipe, budget=budget, base=base or None) as model:
-    for name in model.keys():
-        model.get_tensor(name)
-    assert model.bytes_read["analysis_bytes_read"] == 0
-"""
-
-
-def trace_of_open(analysed: Analysed, name: str, budget: str, directory: Path) -> Trace:
-    base = stand_in(MERGES[name], analysed.family) or ""
-    arguments = [sys.executable, "-c", _READ_ALL_TENSORS, str(analysed.recipe(name)), budget, base]
-    return run(directory / "trace", arguments, environment(analysed.state, analysed.extra))
-
-
-def trace_of_materialize(analysed: Analysed, name: str, budget: str, directory: Path) -> Trace:
-    arguments = [sys.executable, "-m", "mergefs.cli", "materialize", "--budget", budget]
-    arguments += [*base_options(MERGES[name], analysed.family), str(analysed.recipe(name)), str(directory / "out")]
-    return run(directory / "trace", arguments, environment(analysed.state, analysed.extra))
-
-
-WAYS = {"mount": trace_of_mount, "open": trace_of_open, "materialize": trace_of_materialize}
-
-
 def planned_trace(analysed: Analysed, name: str, budget: str, way: str, directory: Path) -> Trace:
     """Return what one way to read a merge reads once its plan has been made.
 
     Making one may merge blocks to see what it leaves out, which the catalog then knows.
     """
     analysed.plan(name, budget)
-    return WAYS[way](analysed, name, budget, directory)
+    return WAYS[way](analysed.reading(name, budget), directory)
 
 
 def assert_within_budget(analysed: Analysed, name: str, budget: str, trace: Trace) -> None:
