@@ -478,8 +478,10 @@ ASKING: Final[dict[str, Callable[[str, str, int, int], object]]] = {
     "read": read_somewhere,
 }
 CHANGING: Final[dict[str, Callable[[str, str, int, int], object]]] = {
-    "write": lambda path, other, number, flags: os.open(path, flags | os.O_WRONLY),
-    "create": lambda path, other, number, flags: os.open(path, flags | os.O_CREAT | os.O_EXCL, number & 0o777),
+    "write": lambda path, other, number, flags: os.open(path, flags & ~os.O_PATH | os.O_WRONLY),
+    "create": lambda path, other, number, flags: os.open(
+        path, flags & ~os.O_PATH | os.O_CREAT | os.O_EXCL, number & 0o777
+    ),
     "mknod": lambda path, other, number, flags: os.mknod(path, number),
     "mkdir": lambda path, other, number, flags: os.mkdir(path, number & 0o777),
     "unlink": lambda path, other, number, flags: os.unlink(path),
