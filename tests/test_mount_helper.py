@@ -122,7 +122,7 @@ def test_mount_finds_mergefs_where_it_is_installed(fstab: Fstab, command: str) -
     script = f"""
         mount --bind {fstab.directory}/bin /usr/local/sbin
         {command}
-        grep -c fuse.mergefs /proc/self/mounts
+        grep -c {fstab.directory}/mount /proc/self/mounts
         findmnt --noheadings --output SOURCE,FSTYPE --mountpoint "$mountpoint"
         head -c 1 "$mountpoint/config.json"
         umount "$mountpoint"
@@ -132,7 +132,7 @@ def test_mount_finds_mergefs_where_it_is_installed(fstab: Fstab, command: str) -
     assert (done.returncode, done.stderr) == (0, ""), fstab.log.read_text()
     mounts, found, beginning = done.stdout.splitlines()
     assert found.split(" fuse.mergefs")[0].strip() == str(fstab.recipe)
-    assert mounts == str(1 + Path("/proc/self/mounts").read_text().count("fuse.mergefs"))
+    assert mounts == "1"
     assert beginning == "{"
     assert unexpected_records(fstab.log.read_text()) == []
 
