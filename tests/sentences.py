@@ -18,6 +18,7 @@ REMEDY = re.compile(
     r"(add|change|check|choose|complete|convert|correct|delete|download|fold|free|give|install|leave|list|make|materialize"
     r"|mount|move|name|put|raise|remove|rename|repair|restore|run|set|stop|upgrade|use|wait|write|did you mean"
     r"|the known ones are|a condition has|\w+ takes"
+    r"|`mergefs catalog check --repair` removes"
     r"|only models|everything in it can be rebuilt|the sources or the model changed)\b"
 )
 
