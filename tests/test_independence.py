@@ -24,7 +24,7 @@ from tokenizers_recipes import quick_builder
 from worlds import World, make_world
 
 from mergefs.catalog import Catalog
-from mergefs.engine import compute, engine
+from mergefs.engine import compute, merging
 from mergefs.engine.engine import Engine
 from mergefs.engine.workspace import Workspace
 from mergefs.planner.build import PlanOptions, make_plan
@@ -101,7 +101,7 @@ def one_kind_of_blocks_and_kernels(patch: pytest.MonkeyPatch, elements: int, fus
     patch.setattr(blocks, "BLOCK_ELEMENTS", elements)
     patch.setattr(row_means, "BLOCK_ELEMENTS", elements)
     if not fused:
-        patch.setattr(engine, "run_kernel", functools.partial(compute.run_kernel, fused=False))
+        patch.setattr(merging, "run_kernel", functools.partial(compute.run_kernel, fused=False))
         patch.setattr(compute, "FUSED_DTYPES", frozenset())
         patch.setattr(thresholds, "FUSED_DTYPES", frozenset())
 

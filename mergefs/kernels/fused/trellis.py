@@ -157,7 +157,7 @@ def _signature(element: Any) -> Any:
     return types.void(
         types.Array(element, 1, "C"),
         types.int64,
-        types.Array(types.uint8, 1, "C"),
+        types.Array(types.uint8, 1, "C", readonly=True),
         integers,
         integers,
         types.int64,
