@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import mergefs
 from mergefs.demo.tokenizer import VOCABULARY_SIZE, write_tokenizer
 from mergefs.errors import EvaluationError, UsageError
+from mergefs.evaluation.devices import choose_device
 from mergefs.evaluation.grid import combinations, parse_axes, variant_text
 from mergefs.evaluation.loading import load_model
 from mergefs.evaluation.measures import divergence, perplexity
@@ -114,11 +115,22 @@ def test_a_model_that_transformers_cannot_run_is_refused(models: Family, tmp_pat
         load_model(strange)
 
 
+def test_models_run_in_the_dtype_and_on_the_device_that_are_asked_for(recipe: Path, tmp_path: Path) -> None:
+    model = load_model(recipe, "bfloat16", "cpu", catalog=tmp_path / "catalog").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, reason in (("banana", "Expected one of"), ("cuda:99", "CUDA"), ("meta", "meta")):
+        with pytest.raises(EvaluationError, match=rf"--device {name} cannot be used \(.*{reason}.*\); give cpu"):
+            load_model(recipe, device=name, catalog=tmp_path / "catalog")
+
+
 # Measures -------------------------------------------------------------------------------------------------------------
 
 
 class Tables:
     """A model whose next-token logits follow from the last token alone."""
+
+    device = torch.device("cpu")
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits

@@ -1,9 +1,11 @@
 """Merged models, loaded into transformers without a mount and without a copy on disk."""
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import torch
 
 from mergefs.api import MergedModel, open_model
+from mergefs.engine.ahead import in_order
 from mergefs.errors import EvaluationError
+from mergefs.evaluation.devices import choose_device
 from mergefs.evaluation.imports import import_transformers
 
 _CONFIGURATION = "config.json"
@@ -45,15 +49,18 @@ def load_state_dict(
         return _tensors(merged, torch.device(device))
 
 
-def load_model(source: Path, dtype: torch.dtype = torch.float32, **options: Any) -> LoadedModel:
+def load_model(source: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> LoadedModel:
     """Return the model that ``source`` is: a recipe or a plan's id, merged as it is read, or a directory.
 
-    ``options`` are those of ``mergefs.open``. Raises EvaluationError where transformers does not know the architecture
-    or a tokenizer is missing, and MissingDependencyError without transformers.
+    It runs in ``dtype``, which torch has, whatever its weights are in, and on ``device`` (see ``choose_device``).
+    ``options`` are those of ``mergefs.open``. Raises EvaluationError where transformers does not know the architecture,
+    or a tokenizer or the device is missing, and MissingDependencyError without transformers.
     """
     transformers = import_transformers()
+    place, precision = choose_device(device), getattr(torch, dtype)
     if source.is_dir():
-        return LoadedModel(source.name, *_from_directory(source, source.name, None, dtype, transformers))
+        model, tokenizer = _from_directory(source, source.name, None, precision, transformers)
+        return LoadedModel(source.name, model.to(place), tokenizer)
     with open_model(source, **options) as merged, tempfile.TemporaryDirectory() as directory:
         for name, size in merged.files.sizes.items():
             if not merged.files.is_merged(name):
@@ -62,10 +69,10 @@ def load_model(source: Path, dtype: torch.dtype = torch.float32, **options: Any)
                 path.write_bytes(merged.read_file(name, 0, size))
         tensors = _tensors(merged, torch.device("cpu"))
         title = _SUFFIX.sub("", source.name)
-        model, tokenizer = _from_directory(Path(directory), title, tensors, dtype, transformers)
+        model, tokenizer = _from_directory(Path(directory), title, tensors, precision, transformers)
         return LoadedModel(
             title,
-            model,
+            model.to(place),
             tokenizer,
             merged.plan.plan_id,
             merged.bytes_read["expert_bytes_read"],
@@ -74,7 +81,11 @@ def load_model(source: Path, dtype: torch.dtype = torch.float32, **options: Any)
 
 
 def _tensors(merged: MergedModel, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: merged.get_tensor(name).to(device) for name in merged.keys()}  # noqa: SIM118 (it is no mapping)
+    """Return every tensor on ``device``; a few at a time are merged, on all cores, before they are moved there."""
+    names, workers = merged.keys(), max(2, os.cpu_count() or 2)
+    with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
+        found = in_order(pool, lambda name: merged.get_tensor(name).to(device), names, workers)
+        return dict(zip(names, found, strict=True))
 
 
 def _from_directory(

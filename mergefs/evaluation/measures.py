@@ -29,7 +29,8 @@ def perplexity(model: Any, windows: Windows, batch: int, advance: Advance = lamb
     total = 0.0
     for rows in torch.split(windows.tokens, batch):
         log_probabilities = _log_probabilities(model, rows)
-        total -= float(log_probabilities.gather(-1, rows[:, 1:, None]).double().sum())
+        following = rows[:, 1:, None].to(log_probabilities.device)
+        total -= float(log_probabilities.gather(-1, following).cpu().double().sum())
         advance(len(rows))
     return math.exp(total / windows.predicted)
 
@@ -41,7 +42,7 @@ def divergence(
     kl, agreeing = 0.0, 0
     for rows in torch.split(windows.tokens, batch):
         ours, theirs = _log_probabilities(first, rows), _log_probabilities(second, rows)
-        kl += float((ours.exp() * (ours - theirs)).sum(dim=-1).double().sum())
+        kl += float((ours.exp() * (ours - theirs)).sum(dim=-1).cpu().double().sum())
         agreeing += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).sum())
         advance(len(rows))
     return Divergence(max(kl / windows.predicted, 0.0), agreeing / windows.predicted)
@@ -49,7 +50,7 @@ def divergence(
 
 def complete(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """Return the most likely continuation of ``prompt``, token by token."""
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.inference_mode():
         generated = model.generate(
             input_ids=inputs["input_ids"],
@@ -65,5 +66,5 @@ def complete(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 def _log_probabilities(model: Any, rows: torch.Tensor) -> torch.Tensor:
     """Return the logarithms of the probabilities of each next token: float32 [windows, context, vocabulary]."""
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=rows[:, :-1], use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=rows[:, :-1].to(model.device), use_cache=False).logits
         return torch.log_softmax(logits.float(), dim=-1)
