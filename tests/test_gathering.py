@@ -39,11 +39,11 @@ from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.blocks import BlockDeltas, known_deltas, known_norms, pack, unpack
 from mergefs.statistics.contents import identify
-from mergefs.statistics.gathering import analyze_tensor, hash_tensor
+from mergefs.statistics.gathering import TensorGathering, TensorHashing, analyze_tensor, hash_tensor
 from mergefs.statistics.histograms import known_histogram
 from mergefs.statistics.histograms import pack as pack_histogram
 from mergefs.statistics.histograms import unpack as unpack_histogram
-from mergefs.statistics.identity import checkpoint_identity
+from mergefs.statistics.identity import checkpoint_identity, local_key
 from mergefs.statistics.service import StatisticsService
 
 NAME = "w.weight"
@@ -245,6 +245,48 @@ def test_a_copy_of_the_base_is_read_once_and_all_its_deltas_are_found(shelf: She
     shelf.catalog.flush()
     assert_same_deltas(shelf.deltas(expert, copy), shelf.deltas(expert, base))
     assert known_norms(copy, F32, shelf.catalog) is not None
+
+
+@pytest.mark.parametrize("held", ["all", "the base", "the expert", "none"])
+def test_blocks_that_are_in_memory_are_not_read_again(shelf: Shelf, held: str) -> None:
+    base, expert = shelf.put("base", base_tensor()), shelf.put("expert", changed_in(base_tensor(), 1, 3))
+    gathering = TensorGathering(base, (expert,), F32, shelf.catalog, shelf.reader)
+    raws = [tensor.numpy().view(np.uint8).ravel() for tensor in (base_tensor(), changed_in(base_tensor(), 1, 3))]
+    for raw in raws:
+        raw.flags.writeable = False
+    for block in range(gathering.grid.count):
+        ours, theirs = (raw[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES] for raw in raws)
+        gathering.take(
+            block, ours if held in ("all", "the base") else None, (theirs if held in ("all", "the expert") else None,)
+        )
+    gathering.keep()
+    shelf.catalog.flush()
+    expected = {"all": 0, "the base": TENSOR_BYTES, "the expert": TENSOR_BYTES, "none": 2 * TENSOR_BYTES}
+    assert shelf.ledger.totals().analysis_bytes_read == expected[held]
+    with Catalog(shelf.directory / "another catalog") as catalog:
+        analyze_tensor(base, (expert,), F32, catalog, shelf.reader)
+        catalog.flush()
+        for place in (base, expert):
+            assert shelf.catalog.content(local_key(place)) == catalog.content(local_key(place))
+        read = known_deltas(expert, base, F32, catalog)
+        assert read is not None
+        assert_same_deltas(shelf.deltas(expert, base), read)
+        np.testing.assert_array_equal(shelf.histogram(expert, base), known_histogram(expert, base, F32, catalog))
+        np.testing.assert_array_equal(known_norms(base, F32, shelf.catalog), known_norms(base, F32, catalog))
+
+
+def test_hashes_of_blocks_in_memory_are_those_of_the_file(shelf: Shelf) -> None:
+    place, tensor = shelf.put("model", base_tensor()), base_tensor().numpy().view(np.uint8).ravel()
+    hashing = TensorHashing(place, shelf.catalog)
+    for start, stop in BlockGrid.of(place.shape):
+        hashing.take(start, tensor[4 * start : 4 * stop])
+    hashing.keep()
+    shelf.catalog.flush()
+    kept = shelf.catalog.content(local_key(place))
+    with Catalog(shelf.directory / "another catalog") as catalog:
+        hash_tensor(place, catalog, shelf.reader)
+        catalog.flush()
+        assert kept == catalog.content(local_key(place))
 
 
 @pytest.mark.parametrize("parting", [2, 3, 4])

@@ -8,6 +8,7 @@ leads to the last tensor that had the same one there, a twin; as long as all blo
 hashes is taken. Should they part later, the blocks that were passed over are read again.
 """
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -61,15 +62,10 @@ def analyze_tensor(
     That is hashes and squared norms of ``base``, and hashes, block statistics and histograms of ``experts`` against it.
     Raises NonFiniteError naming the first tensor that holds a NaN or an infinity.
     """
-    origin = _Base(base, compute, catalog, reader)
-    passes = [_Expert(place, origin, catalog) for place in experts]
-    for block in range(origin.grid.count):
-        origin.begin(block)
-        for one in passes:
-            one.take(block)
-    content = origin.keep()
-    for one in passes:
-        one.keep(content)
+    gathering = TensorGathering(base, experts, compute, catalog, reader)
+    for block in range(gathering.grid.count):
+        gathering.take(block)
+    gathering.keep()
 
 
 def hash_tensor(place: Place, catalog: Catalog, reader: SourceReader) -> None:
@@ -77,13 +73,68 @@ def hash_tensor(place: Place, catalog: Catalog, reader: SourceReader) -> None:
 
     Raises NonFiniteError naming it when it holds a NaN or an infinity.
     """
-    hashes = []
+    hashing = TensorHashing(place, catalog)
     for start, stop in BlockGrid.of(place.shape):
-        raw = place.read(reader, start, stop, Purpose.ANALYSIS)
-        if place.dtype.is_float:
-            refuse_non_finite(place, raw, start)
-        hashes.append(_hash(raw))
-    _keep_content(place, hashes, catalog)
+        hashing.take(start, place.read(reader, start, stop, Purpose.ANALYSIS))
+    hashing.keep()
+
+
+class TensorGathering:
+    """Gathers what ``analyze_tensor`` keeps, from blocks as they come, for who has their bytes in memory anyway.
+
+    Each block of ``grid`` is taken once, from the first to the last; then all is kept. Nothing of it may be asked from
+    several threads at a time.
+    """
+
+    def __init__(
+        self, base: Place, experts: Sequence[Place], compute: DType, catalog: Catalog, reader: SourceReader
+    ) -> None:
+        self._base = _Base(base, compute, catalog, reader)
+        self._experts = [_Expert(place, self._base, catalog) for place in experts]
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks that are taken."""
+        return self._base.grid
+
+    def take(self, block: int, base: Raw | None = None, experts: Sequence[Raw | None] | None = None) -> None:
+        """Take all that is to be known of a block.
+
+        ``base`` and ``experts``, in the order of the experts, are its bytes as they are stored, None where they are to
+        be read if they are needed. Raises NonFiniteError naming the tensor where they hold a NaN or an infinity.
+        """
+        self._base.begin(block, base)
+        held = [None] * len(self._experts) if experts is None else experts
+        for one, raw in zip(self._experts, held, strict=True):
+            one.take(block, raw)
+
+    def keep(self) -> None:
+        """Keep what the catalog lacked, where it is found from its next flush on; all blocks have been taken."""
+        content = self._base.keep()
+        for one in self._experts:
+            one.keep(content)
+
+
+class TensorHashing:
+    """Gathers what ``hash_tensor`` keeps, from blocks as they come."""
+
+    def __init__(self, place: Place, catalog: Catalog) -> None:
+        self._place = place
+        self._catalog = catalog
+        self._hashes: list[bytes] = []
+
+    def take(self, start: int, raw: Raw) -> None:
+        """Take the next block, whose first element has the flat index ``start``.
+
+        Raises NonFiniteError naming the tensor where it holds a NaN or an infinity.
+        """
+        if self._place.dtype.is_float:
+            refuse_non_finite(self._place, raw, start)
+        self._hashes.append(_hash(raw))
+
+    def keep(self) -> None:
+        """Keep the hashes, which the catalog has from its next flush on; all blocks have been taken."""
+        _keep_content(self._place, self._hashes, self._catalog)
 
 
 class _Base:
@@ -100,12 +151,13 @@ class _Base:
         self._catalog = catalog
         self._norms: list[float] | None = None if blocks.known_norms(place, compute, catalog) is not None else []
         self._block = -1
+        self._held: Raw | None = None
         self._values: Raw | None = None
         self._meter = meter(compute)
 
-    def begin(self, block: int) -> None:
-        """Go on to a block, and read it where something of it is not known."""
-        self._block, self._values = block, None
+    def begin(self, block: int, held: Raw | None) -> None:
+        """Go on to a block, whose bytes may be ``held``, and read it where something of it is not known."""
+        self._block, self._held, self._values = block, held, None
         if self.content is not None and self._norms is None:
             return
         start, _ = self.grid.bounds(block)
@@ -139,6 +191,8 @@ class _Base:
 
     def _read(self, block: int) -> Raw:
         """Return the bytes of a block as they are stored."""
+        if block == self._block and self._held is not None:
+            return self._held
         return self.place.read(self.reader, *self.grid.bounds(block), Purpose.ANALYSIS)
 
 
@@ -158,11 +212,10 @@ class _Expert:
         self._first: int | None = None  # block that is not the base's
         self._twin: list[bytes] | None = None
 
-    def take(self, block: int) -> None:
-        """Take all that is to be known of a block."""
-        raw: Raw | None = None
+    def take(self, block: int, raw: Raw | None) -> None:
+        """Take all that is to be known of a block, whose bytes may be in memory."""
         if self._known is None:
-            raw = self._read(block)
+            raw = self._read(block) if raw is None else raw
             found = _hash(raw)
         else:
             found = self._known[block]
