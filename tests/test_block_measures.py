@@ -14,7 +14,7 @@ from test_fused_kernels import run_python
 
 from mergefs.checkpoint.dtypes import BF16, F32, F64, DType
 from mergefs.kernels.deltas import BlockMeasures, ReferenceMeter, lane_sum
-from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.fused import FUSED_DTYPES, counting
 from mergefs.kernels.fused import deltas as fused
 from mergefs.kernels.precision import load, store
 from mergefs.kernels.sketch import SKETCH_SIZE, quantised, signs_and_places, sketch
@@ -54,12 +54,12 @@ def test_the_fused_meter_has_the_bits_of_the_reference(dtype: DType, seed: int, 
 
 
 def test_counts_move_on_before_their_tables_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_MOST_COUNTED", 1000)
+    monkeypatch.setattr(counting, "_MOST_COUNTED", 1000)
     raw = np.arange(700, dtype=np.uint16).view(np.uint8)
     meter = fused.FusedMeter(BF16)
     for _ in range(5):
         meter.measure(raw, raw, 0)
-        assert meter._in_tables < 1000
+        assert meter._counts._in_tables < 1000
     assert meter.histogram()[0] == 5 * 700
 
 

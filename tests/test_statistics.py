@@ -31,7 +31,15 @@ from mergefs.statistics.identity import checkpoint_identity
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import TensorStream, answer_quantities
 from mergefs.statistics.service import StatisticsService
-from mergefs.statistics.thresholds import BINS, magnitude_histogram, rescale_factor, threshold
+from mergefs.statistics.thresholds import (
+    BINS,
+    Sought,
+    find_thresholds,
+    magnitude_histogram,
+    magnitude_histograms,
+    rescale_factor,
+    threshold,
+)
 
 COMPUTE = {"bf16": BF16, "fp16": F16, "fp32": F32, "fp64": F64}
 NAME = "w.weight"
@@ -131,6 +139,35 @@ def test_a_histogram_counts_every_magnitude(tmp_path: Path, compute: str, fused:
     expected = np.bincount(keys_of(expert, base, COMPUTE[compute]) >> shift, minlength=BINS)
     assert np.array_equal(magnitude_histogram(made, fused), expected)
     made.reader.close()
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16", "fp32"])
+@given(pair=tensor_pairs(), seed=st.integers(0, 2**31), count=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_thresholds_that_are_found_together_are_those_that_numpy_finds_of_each(
+    catalogs: Path, compute: str, pair: tuple[torch.Tensor, torch.Tensor], seed: int, count: int
+) -> None:
+    """Numbers that are none among them: NaN, with any payload, counts as larger than all."""
+    generator = np.random.default_rng(seed)
+    expert, base = pair
+    size = base.nbytes
+    strange = torch.from_numpy(generator.integers(0, 256, size, dtype=np.uint8)).view(base.dtype).reshape(base.shape)
+    experts = [expert, base.clone(), strange, expert.float()][:count]
+    directory = catalogs / uuid4().hex
+    places = places_of(directory, base, *experts)
+    ledger = Ledger()
+    reader = SourceReader(ledger)
+    made = [TensorPair(place, places[0], COMPUTE[compute], reader) for place in places[1:]]
+    plain = [magnitude_histogram(pair, fused=False) for pair in made]
+    ledger_before = ledger.totals().analysis_bytes_read
+    histograms = magnitude_histograms(made)
+    assert ledger.totals().analysis_bytes_read - ledger_before == sum(tensor.nbytes for tensor in (base, *experts))
+    np.testing.assert_array_equal(histograms, plain)
+    keeps = [int(generator.integers(1, base.numel() + 1)) for _ in made]
+    sought = [Sought(*parts) for parts in zip(made, histograms, keeps, strict=True)]
+    assert find_thresholds(sought) == find_thresholds(sought, fused=False)
+    reader.close()
+    shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])

@@ -226,10 +226,11 @@ class TaskVector(Method[TaskVectorCoefficients]):
         return precision.round(base + mixed)
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes, and one for thresholds; ranking rows is numpy's."""
+        """One pass over the bytes, and those that find thresholds; ranking rows is numpy's."""
         if self.sparsifier == "ranked":
             return ()
-        return ("task_vector", "histogram") if self.sparsifier in ("magnitude", "outliers") else ("task_vector",)
+        counted = ("histogram", "location", "refinement") if self.sparsifier in ("magnitude", "outliers") else ()
+        return ("task_vector", *counted)
 
     def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""

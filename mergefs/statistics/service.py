@@ -99,10 +99,8 @@ class StatisticsService:
         """Return the answers to ``wanted``; all sums among them in one pass."""
         quantities = tuple(one for one in wanted if isinstance(one, Quantity))
         found = self._quantities(quantities, TensorStream(places, compute, self._reader), origin)
-        for statistic in wanted:
-            if not isinstance(statistic, Quantity):
-                found[statistic] = self._answer(statistic, places, base, compute)
-        return found
+        about_magnitudes = tuple(one for one in wanted if not isinstance(one, Quantity))
+        return found | self._magnitudes(about_magnitudes, places, base, compute)
 
     def _quantities(
         self, wanted: tuple[AboutQuantity, ...], stream: TensorStream, origin: Origin | None
@@ -145,25 +143,37 @@ class StatisticsService:
         else:
             self._catalog.keep_vector(key, VectorRecord(answer.astype("<f8").tobytes()), about)
 
-    def _answer(
+    def _magnitudes(
         self,
-        statistic: MagnitudeThreshold | MagnitudeRescale,
-        inputs: tuple[Place, ...],
+        wanted: tuple[MagnitudeThreshold | MagnitudeRescale, ...],
+        places: tuple[Place, ...],
         base: int | None,
         compute: DType,
-    ) -> Answer:
-        """Return one answer."""
+    ) -> dict[Statistic, Answer]:
+        """Return what is wanted of the magnitudes of deltas; thresholds of all experts from the same passes."""
+        if not wanted:
+            return {}
         if base is None:
             raise ValueError("a delta needs a base")
-        pair = TensorPair(inputs[statistic.model], inputs[base], compute, self._reader)
-        limit = self._threshold(pair, statistic.keep)
-        if isinstance(statistic, MagnitudeThreshold):
-            return limit
-        keys = self._keys("rescale", (pair.expert, pair.base), compute, f"{statistic.keep} {statistic.beyond}")
+        pairs = {one.model: TensorPair(places[one.model], places[base], compute, self._reader) for one in wanted}
+        ranks = [(one.model, keep) for one in wanted for keep in _ranks(one) if keep]
+        limits = self._thresholds({rank: pairs[rank[0]] for rank in ranks})
+        found: dict[Statistic, Answer] = {}
+        for one in wanted:
+            limit = limits[one.model, one.keep]
+            outliers = limits.get((one.model, one.beyond)) if isinstance(one, MagnitudeRescale) else None
+            found[one] = limit if isinstance(one, MagnitudeThreshold) else self._rescale(one, pairs, limit, outliers)
+        return found
+
+    def _rescale(
+        self, wanted: MagnitudeRescale, pairs: dict[int, TensorPair], limit: Threshold, outliers: Threshold | None
+    ) -> float:
+        """Return how much larger the sum of all magnitudes is than that of those that are kept."""
+        pair = pairs[wanted.model]
+        keys = self._keys("rescale", (pair.expert, pair.base), pair.compute, f"{wanted.keep} {wanted.beyond}")
         known = self._known_number(keys)
         if known is not None:
             return known
-        outliers = self._threshold(pair, statistic.beyond) if statistic.beyond else None
         value = thresholds.rescale_factor(pair, limit, outliers)
         self._catalog.keep_number(keys[0], value, sources_of(self._catalog, pair.expert, pair.base))
         return value
@@ -176,27 +186,45 @@ class StatisticsService:
         """Return a number that the catalog has under one of ``keys``, or None."""
         return next((value for key in keys if (value := self._catalog.number(key)) is not None), None)
 
-    def _threshold(self, pair: TensorPair, keep: int) -> Threshold:
-        """Return the threshold of one expert's delta."""
-        keys = self._keys("threshold", (pair.expert, pair.base), pair.compute, keep)
-        for key in keys:
-            record = self._catalog.threshold(key)
-            if record is not None:
-                return Threshold(record.key, record.cut)
-        limit = thresholds.threshold(pair, self._histogram(pair), keep)
-        about = sources_of(self._catalog, pair.expert, pair.base)
-        self._catalog.keep_threshold(keys[0], ThresholdRecord(limit.key, limit.cut), about)
-        return limit
+    def _thresholds(self, wanted: dict[tuple[int, int], TensorPair]) -> dict[tuple[int, int], Threshold]:
+        """Return the thresholds of deltas by expert and rank."""
+        found: dict[tuple[int, int], Threshold] = {}
+        missing: dict[tuple[int, int], bytes] = {}
+        for (model, keep), pair in wanted.items():
+            keys = self._keys("threshold", (pair.expert, pair.base), pair.compute, keep)
+            record = next((known for key in keys if (known := self._catalog.threshold(key)) is not None), None)
+            if record is None:
+                missing[model, keep] = keys[0]
+            else:
+                found[model, keep] = Threshold(record.key, record.cut)
+        histograms = self._histograms({rank[0]: wanted[rank] for rank in missing})
+        sought = [thresholds.Sought(wanted[rank], histograms[rank[0]], rank[1]) for rank in missing]
+        for (rank, key), limit in zip(missing.items(), thresholds.find_thresholds(sought), strict=True):
+            about = sources_of(self._catalog, wanted[rank].expert, wanted[rank].base)
+            self._catalog.keep_threshold(key, ThresholdRecord(limit.key, limit.cut), about)
+            found[rank] = limit
+        return found
 
-    def _histogram(self, pair: TensorPair) -> NDArray[np.int64]:
-        """Return the magnitude histogram of one expert's delta."""
-        known = known_histogram(pair.expert, pair.base, pair.compute, self._catalog)
-        if known is not None:
-            return known
-        counts = thresholds.magnitude_histogram(pair)
-        key = histogram_keys(pair.expert, pair.base, pair.compute, self._catalog)[0]
-        self._catalog.keep_histogram(key, pack(counts), sources_of(self._catalog, pair.expert, pair.base))
-        return counts
+    def _histograms(self, pairs: dict[int, TensorPair]) -> dict[int, NDArray[np.int64]]:
+        """Return the magnitude histograms of deltas by expert."""
+        found: dict[int, NDArray[np.int64]] = {}
+        for model, pair in pairs.items():
+            known = known_histogram(pair.expert, pair.base, pair.compute, self._catalog)
+            if known is not None:
+                found[model] = known
+        missing = {model: pair for model, pair in pairs.items() if model not in found}
+        for (model, pair), counts in zip(
+            missing.items(), thresholds.magnitude_histograms(list(missing.values())), strict=True
+        ):
+            key = histogram_keys(pair.expert, pair.base, pair.compute, self._catalog)[0]
+            self._catalog.keep_histogram(key, pack(counts), sources_of(self._catalog, pair.expert, pair.base))
+            found[model] = counts
+        return found
+
+
+def _ranks(statistic: MagnitudeThreshold | MagnitudeRescale) -> tuple[int, ...]:
+    """Return the ranks whose thresholds an answer takes."""
+    return (statistic.keep,) if isinstance(statistic, MagnitudeThreshold) else (statistic.keep, statistic.beyond)
 
 
 def _kind(statistic: AboutQuantity) -> str:

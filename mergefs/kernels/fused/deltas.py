@@ -7,60 +7,39 @@ from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
-from mergefs.kernels.deltas import LANES, MAGNITUDE_BINS, BlockMeasures, fold_lanes
+from mergefs.kernels.deltas import LANES, BlockMeasures, fold_lanes
 from mergefs.kernels.fused.compilation import Kernel, inlined
+from mergefs.kernels.fused.counting import MagnitudeCounts, count_entries, entry_of
 from mergefs.kernels.fused.memory import address, aligned_bytes, empty
 from mergefs.kernels.fused.values import bits_differ, flipped, loaded, magnitude_bin, magnitude_bits, rounded
 from mergefs.kernels.precision import Raw
 from mergefs.kernels.sketch import PLACES, SKETCH_SIZE, folded
 
-TABLES: Final = 4
-"""Magnitudes are counted in so many tables by turns, so that equal neighbours do not wait for each other."""
-
-_ROW: Final = MAGNITUDE_BINS + 32
-"""Two cache lines more than a table: tables that lay whole pages apart would fight for the same lines of the cache."""
-
 TILE: Final = 1024
-_MOST_COUNTED: Final = 2**31
-"""After so many elements counts move on from uint32, of which several tables stay in the first-level cache."""
-
 _CHUNK: Final = np.uint64(SKETCH_SIZE)
 _WORD: Final = np.uint64(32)
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
 _ZERO = np.float32(0)
-_ONE = np.uint32(1)
 _CHANGED, _LARGEST = 0, 1
 
 
 @inlined
-def _subtract(like: Any, expert: Any, base: Any, first: Any, count: Any, deltas: Any, bins: Any, numbers: Any) -> Any:
-    """Fill ``deltas`` and ``bins`` for ``count`` elements; add to ``numbers`` those that changed, and the largest."""
+def _subtract(
+    like: Any, expert: Any, base: Any, first: Any, count: Any, deltas: Any, entries: Any, numbers: Any
+) -> Any:
+    """Fill ``deltas`` and ``entries`` with ``count`` elements; add to ``numbers`` how many changed, and the largest."""
     changed, largest = np.int32(0), np.int32(0)
     for i in range(count):
         theirs, ours = loaded(expert, first + i, like), loaded(base, first + i, like)
         delta = theirs - ours
         deltas[i] = delta
-        bins[i] = magnitude_bin(rounded(delta, like), like)
+        entries[i] = entry_of(magnitude_bin(rounded(delta, like), like), i)
         changed += bits_differ(theirs, ours)
         largest = max(largest, magnitude_bits(delta))
     numbers[_CHANGED] += changed
     numbers[_LARGEST] = max(numbers[_LARGEST], np.int64(largest))
-
-
-@inlined
-def _count(bins: Any, count: Any, counts: Any) -> Any:
-    """Count ``bins`` in the tables by turns."""
-    first_table, second_table, third_table, fourth_table = counts[0], counts[1], counts[2], counts[3]
-    whole = count - count % np.uint64(TABLES)
-    for i in range(np.uint64(0), whole, np.uint64(TABLES)):
-        first_table[bins[i]] += _ONE
-        second_table[bins[i + np.uint64(1)]] += _ONE
-        third_table[bins[i + np.uint64(2)]] += _ONE
-        fourth_table[bins[i + np.uint64(3)]] += _ONE
-    for i in range(whole, count):
-        first_table[bins[i]] += _ONE
 
 
 @inlined
@@ -118,20 +97,20 @@ def _measure(
     counts: Any,
     numbers: Any,
     deltas: Any,
-    bins: Any,
+    entries: Any,
 ) -> None:
     """Measure ``size`` elements at the addresses ``expert`` and ``base``, the first of which has the index ``start``.
 
     ``like`` is an empty array of the element type that stands for the dtype. Sums go to ``lanes`` (float64, a row for
-    squares and one for magnitudes), ``places`` (float32), ``counts`` (uint32, ``TABLES`` rows) and ``numbers`` (int64:
-    how many changed, and the bits of the largest magnitude). ``deltas`` (float32) and ``bins`` (uint32) are buffers of
-    ``TILE`` elements.
+    squares and one for magnitudes), ``places`` (float32), ``counts`` (the tables of ``MagnitudeCounts``) and
+    ``numbers`` (int64: how many changed, and the bits of the largest magnitude). ``deltas`` (float32) and ``entries``
+    (uint32) are buffers of ``TILE`` elements.
     """
     squares, magnitudes = lanes[0], lanes[1]
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         count = min(np.uint64(TILE), size - first)
-        _subtract(like, expert, base, first, count, deltas, bins, numbers)
-        _count(bins, count, counts)
+        _subtract(like, expert, base, first, count, deltas, entries, numbers)
+        count_entries(entries, count, counts)
         # Zeros that fill up a chunk change no sum.
         for i in range(count, (count + _CHUNK - np.uint64(1)) // _CHUNK * _CHUNK):
             deltas[i] = _ZERO
@@ -181,13 +160,10 @@ class FusedMeter:
         self._like = empty(0, compute)
         self._lanes = aligned_bytes(2 * LANES * 8).view(np.float64).reshape(2, LANES)
         self._places = aligned_bytes(PLACES * 4).view(np.float32)
-        self._tables = aligned_bytes(TABLES * _ROW * 4).view(np.uint32).reshape(TABLES, _ROW)
         self._numbers = np.zeros(2, dtype=np.int64)
         self._deltas = aligned_bytes(TILE * 4).view(np.float32)
-        self._bins = aligned_bytes(TILE * 4).view(np.uint32)
-        self._counts: NDArray[np.int64] = np.zeros(MAGNITUDE_BINS, dtype=np.int64)
-        self._in_tables = 0
-        self._tables[:] = 0
+        self._entries = aligned_bytes(TILE * 4).view(np.uint32)
+        self._counts = MagnitudeCounts()
 
     def measure(self, expert: Raw, base: Raw, start: int) -> BlockMeasures:
         """Return the measures of a block that begins at the flat index ``start``; bytes are of the compute dtype."""
@@ -202,14 +178,12 @@ class FusedMeter:
             np.uint64(start),
             self._lanes,
             self._places,
-            self._tables,
+            self._counts.tables,
             self._numbers,
             self._deltas,
-            self._bins,
+            self._entries,
         )
-        self._in_tables += size
-        if self._in_tables >= _MOST_COUNTED:
-            self._empty_tables()
+        self._counts.counted(size)
         with np.errstate(all="ignore"):
             return BlockMeasures(
                 squared_norm=fold_lanes(self._lanes[0]),
@@ -229,12 +203,4 @@ class FusedMeter:
 
     def histogram(self) -> NDArray[np.int64]:
         """Return how many magnitudes fell into each of the 32,768 bins, in order of magnitude."""
-        self._empty_tables()
-        counts: NDArray[np.int64] = self._counts.copy()
-        return counts
-
-    def _empty_tables(self) -> None:
-        """Move counts on to where there is room for any number."""
-        self._counts += self._tables[:, :MAGNITUDE_BINS].sum(axis=0, dtype=np.int64)
-        self._tables[:] = 0
-        self._in_tables = 0
+        return self._counts.total()

@@ -5,36 +5,28 @@ from typing import Any, Final
 import numpy as np
 from numba.core import types
 
+from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel
+from mergefs.kernels.fused.counting import MagnitudeCounts, count_entries, entry_of
+from mergefs.kernels.fused.memory import address, aligned_bytes, empty
 from mergefs.kernels.fused.values import loaded, magnitude_bin, rounded
+from mergefs.kernels.precision import Raw
 
-BINS: Final = 1 << 15
-TABLES: Final = 4
-"""Counts are kept in so many tables by turns, so that equal neighbours do not wait for each other."""
-
-TILE: Final = 2048
+TILE: Final = 1024
 
 
-def _histogram(like: Any, expert: Any, base: Any, size: Any, counts: Any, bins: Any) -> None:
-    """Add the magnitude bins of the delta of ``size`` elements to ``counts``, int64 of ``TABLES`` rows.
+def _histogram(like: Any, expert: Any, base: Any, size: Any, counts: Any, entries: Any) -> None:
+    """Count the magnitudes of the delta of ``size`` elements in ``counts``, the tables of ``MagnitudeCounts``.
 
     ``like`` is an empty array of the element type that stands for the dtype, ``expert`` and ``base`` are addresses,
-    and ``bins`` is a buffer of ``TILE`` uint32.
+    and ``entries`` is a buffer of ``TILE`` uint32.
     """
-    first_table, second_table, third_table, fourth_table = counts[0], counts[1], counts[2], counts[3]
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         count = min(np.uint64(TILE), size - first)
         for i in range(count):
             delta = rounded(loaded(expert, first + i, like) - loaded(base, first + i, like), like)
-            bins[i] = magnitude_bin(delta, like)
-        whole = count - count % np.uint64(TABLES)
-        for i in range(np.uint64(0), whole, np.uint64(TABLES)):
-            first_table[bins[i]] += 1
-            second_table[bins[i + np.uint64(1)]] += 1
-            third_table[bins[i + np.uint64(2)]] += 1
-            fourth_table[bins[i + np.uint64(3)]] += 1
-        for i in range(whole, count):
-            first_table[bins[i]] += 1
+            entries[i] = entry_of(magnitude_bin(delta, like), i)
+        count_entries(entries, count, counts)
 
 
 def _signature(element: Any) -> Any:
@@ -44,9 +36,26 @@ def _signature(element: Any) -> Any:
         types.uint64,
         types.uint64,
         types.uint64,
-        types.Array(types.int64, 2, "C"),
+        types.Array(types.uint32, 2, "C"),
         types.Array(types.uint32, 1, "C"),
     )
 
 
 KERNEL: Final = Kernel(_histogram, _signature)
+
+
+class Histogram(MagnitudeCounts):
+    """Counts the magnitudes of one delta, block by block."""
+
+    def __init__(self, compute: DType) -> None:
+        super().__init__()
+        self._itemsize = compute.itemsize
+        self._kernel = KERNEL.compiled(compute)
+        self._like = empty(0, compute)
+        self._entries = aligned_bytes(TILE * 4).view(np.uint32)
+
+    def add(self, expert: Raw, base: Raw) -> None:
+        """Count those of a block; bytes are of the compute dtype."""
+        size = expert.size // self._itemsize
+        self._kernel(self._like, address(expert), address(base), np.uint64(size), self.tables, self._entries)
+        self.counted(size)

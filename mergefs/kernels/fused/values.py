@@ -162,6 +162,11 @@ def _bin_float32(context: Any, builder: Any, value: Any) -> Any:
     return builder.lshr(_magnitude(builder, value), _int32(16))
 
 
+def _key_float32(context: Any, builder: Any, value: Any) -> Any:
+    """Return the bits of the magnitude."""
+    return _magnitude(builder, value)
+
+
 _WIDEN: Final[dict[Any, tuple[ir.Type, _Operation]]] = {
     types.uint16: (_INT16, _widen_bfloat16),
     types.int16: (_INT16, _widen_float16),
@@ -184,6 +189,8 @@ _BIN: Final[dict[Any, _Operation]] = {
     types.int16: _bin_float16,
     types.uint32: _bin_float32,
 }
+_KEY: Final[dict[Any, _Operation]] = {**_BIN, types.uint32: _key_float32}
+"""A 16 bit magnitude has 15 bits, all of which its bin has."""
 
 
 @_instruction
@@ -235,6 +242,17 @@ def magnitude_bits(typing_context: Any, value: Any) -> Any:
 def magnitude_bin(typing_context: Any, value: Any, like: Any) -> Any:
     """Return the upper 15 bits of the key of ``abs(value)`` in the dtype of ``like``, as uint32."""
     choose = _BIN[like.dtype]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return choose(context, builder, arguments[0])
+
+    return types.uint32(types.float32, like), generate
+
+
+@_instruction
+def magnitude_key(typing_context: Any, value: Any, like: Any) -> Any:
+    """Return the key of ``abs(value)`` in the dtype of ``like``, all bits of it, as uint32; the value is rounded."""
+    choose = _KEY[like.dtype]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return choose(context, builder, arguments[0])
