@@ -1,6 +1,7 @@
 """The engine's parts: a cache that computes each block once, memory that is bounded, and honest accounts."""
 
 import logging
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from recipes import MERGES, stand_in, write_recipe
 
 from mergefs.api import MergedModel, open_model
 from mergefs.catalog import Catalog
+from mergefs.engine.engine import Engine
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.room import Room
 from mergefs.engine.workspace import Workspace
@@ -160,6 +162,48 @@ def test_who_needs_more_memory_than_there_is_waits_until_nobody_else_has_any() -
     thread.join()
 
 
+def test_who_waits_for_much_memory_is_not_passed_by_those_who_want_little() -> None:
+    room = Room(100, workers=8)
+    order: list[int] = []
+
+    def work(size: int) -> None:
+        with room.reserve(size):
+            order.append(size)
+
+    threads = []
+    with room.reserve(60):
+        for number, size in enumerate((90, 40, 5)):
+            threads.append(threading.Thread(target=work, args=(size,)))
+            threads[-1].start()
+            wait_for(lambda: len(room._queue) == number + 1, "one more that waits")  # noqa: B023
+        assert order == []
+    for thread in threads:
+        thread.join(60)
+    assert order[0] == 90
+    assert sorted(order) == [5, 40, 90]
+
+
+def test_who_gives_up_waiting_holds_up_nobody() -> None:
+    room = Room(100, workers=8)
+    main, interrupted = threading.main_thread(), []
+
+    def interrupt() -> None:
+        wait_for(lambda: len(room._queue) == 1, "one that waits")
+        assert main.ident is not None
+        signal.pthread_kill(main.ident, signal.SIGINT)
+
+    with room.reserve(60):
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt), room.reserve(50):
+            interrupted.append("has been lent")
+        thread.join()
+        with room.reserve(40):
+            pass
+    with room.reserve(100):
+        assert interrupted == []
+
+
 def test_memory_comes_back_when_the_work_fails() -> None:
     room = Room(100, workers=1)
     for _ in range(3):
@@ -167,6 +211,23 @@ def test_memory_comes_back_when_the_work_fails() -> None:
             raise ZeroDivisionError
     with room.reserve(100):
         pass
+
+
+def test_who_has_been_lent_memory_does_not_wait_for_those_who_wait_for_it(models: Family, tmp_path: Path) -> None:
+    """A mount may show a merge that is an input of another one, too: the other holds memory when it needs its blocks."""
+    resources = Workspace.create(Catalog(tmp_path / "catalog"))
+    plan = make_plan(
+        load_recipe(write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)), PlanOptions(), resources
+    )
+    shown, inner = Engine(plan, resources, strict=False), resources.compute(plan)
+    name = next(iter(plan.tensors))
+    with ThreadPoolExecutor(2) as pool:
+        with resources.room.reserve(2**40):
+            waiting = pool.submit(shown.read_tensor, name, 0, 100)
+            wait_for(lambda: len(resources.room._queue) == 1, "a reader that waits for memory")
+            found = pool.submit(inner.read_tensor, name, 0, 100).result(60)
+        assert np.array_equal(waiting.result(60), found)
+    resources.close()
 
 
 # Accounts -------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ class Engine:
             with self._resources.room.reserve(_working_bytes(tensor)):
                 return self._compute(tensor, block, purpose)
 
-        return self._resources.cache.get((self.plan.plan_id, tensor.name, block), compute)
+        # Not the same block for both: one who holds memory would wait for another who waits for that memory.
+        return self._resources.cache.get((self.plan.plan_id, self._nested, tensor.name, block), compute)
 
     def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Compute one block from the bytes that are bought."""

@@ -1,6 +1,5 @@
 """What all merged models of one process share: catalog, reader, ledger, cache, and memory to work in."""
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -19,6 +18,8 @@ SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 """Room for the blocks that parallel readers are in the middle of; with less, each would be computed again and again."""
 _WORKING_MEMORY: Final = 64 * 2**20
 """For blocks that are being computed: enough for a dozen at once of three experts and their base."""
+_WORKERS: Final = 32
+"""Blocks that may be computed at once. More than there are cores: where sources lie on a slow disk, most wait for it."""
 
 _Resources = TypeVar("_Resources", bound="Resources")
 
@@ -51,7 +52,7 @@ class Resources:
             reader=reader,
             cache=BlockCache(cache_size),
             statistics=StatisticsService(catalog, reader),
-            room=Room(_WORKING_MEMORY, max(2, os.cpu_count() or 2)),
+            room=Room(_WORKING_MEMORY, _WORKERS),
         )
 
     def close(self) -> None:
