@@ -1,9 +1,16 @@
 """A file system for tests that shows another directory, with faults: errors, short reads, delays and flipped bits.
 
-``faulty_files.py SOURCE MOUNTPOINT CONTROL`` serves until it is unmounted. CONTROL is a JSON file that is read at every
-read: for a file's path relative to SOURCE it has ``fail_from`` and ``fail_to`` (between these bytes reading is an I/O
-error), ``longest`` (bytes that one read gives at most), ``delay`` (seconds of each read) and ``flip`` (the bit that is
-flipped). What ``stat`` says of a file never changes: no fault can be told from outside.
+``faulty_files.py SOURCE MOUNTPOINT CONTROL`` serves until it is unmounted. CONTROL is a JSON file that is looked at
+with every call: for a file's path relative to SOURCE, or for ``*``, which is all files that it does not name, it has
+
+* ``fail_from`` and ``fail_to``: between these bytes reading is an error;
+* ``times``: after so many errors of a file there are no more, until CONTROL is written anew;
+* ``refused``: the errno of that error in the place of EIO, which opening the file gives, too;
+* ``longest``: the bytes that one read gives at most;
+* ``delay``: the seconds of each read;
+* ``flip``: the bit that is flipped.
+
+What ``stat`` says of a file never changes: no fault can be told from outside.
 """
 
 import errno
@@ -11,7 +18,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +39,10 @@ class FaultyFiles:
     path: Path
     control: Path
 
-    def set(self, **faults: Any) -> None:
-        """Let the weights of the first expert have these faults from here on, and no others."""
+    def set(self, file: str = "expert-1/model.safetensors", **faults: Any) -> None:
+        """Let a file, by default the weights of the first expert, have these faults from here on, and no others."""
         new = self.control.with_suffix(".new")
-        new.write_text(json.dumps({"expert-1/model.safetensors": faults}))
+        new.write_text(json.dumps({file: faults}))
         new.replace(self.control)
 
 
@@ -63,6 +72,35 @@ def serve(source: Path, mountpoint: Path, control: Path) -> None:
 
         use_ns = True
 
+        def __init__(self) -> None:
+            self._control = control.stat()
+            self._faults: dict[str, dict[str, Any]] = {}
+            self._errors: Counter[str] = Counter()
+            self._lock = threading.Lock()
+
+        def faults(self, path: str) -> dict[str, Any]:
+            """Return the faults that a file has now."""
+            with self._lock:
+                status = control.stat()
+                if (status.st_ino, status.st_mtime_ns) != (self._control.st_ino, self._control.st_mtime_ns):
+                    self._control, self._errors = status, Counter()
+                    self._faults = json.loads(control.read_text())
+                return self._faults.get(path[1:], self._faults.get("*", {}))
+
+        def fail(self, path: str, faults: dict[str, Any]) -> None:
+            """Raise an error, unless there have been enough of them."""
+            with self._lock:
+                if self._errors[path] >= faults.get("times", sys.maxsize):
+                    return
+                self._errors[path] += 1
+            raise FuseOSError(faults.get("refused", errno.EIO))
+
+        def open(self, path: str, flags: int) -> int:
+            faults = self.faults(path)
+            if "refused" in faults:
+                self.fail(path, faults)
+            return 0
+
         def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
             try:
                 status = os.lstat(f"{source}{path}")
@@ -75,10 +113,10 @@ def serve(source: Path, mountpoint: Path, control: Path) -> None:
             return [".", "..", *(entry.name for entry in Path(f"{source}{path}").iterdir())]
 
         def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-            faults = json.loads(control.read_text()).get(path[1:], {})
+            faults = self.faults(path)
             time.sleep(faults.get("delay", 0))
             if offset < faults.get("fail_to", 0) and offset + size > faults.get("fail_from", 0):
-                raise FuseOSError(errno.EIO)
+                self.fail(path, faults)
             with Path(f"{source}{path}").open("rb") as file:
                 file.seek(offset)
                 data = bytearray(file.read(min(size, faults.get("longest", size))))

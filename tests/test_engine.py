@@ -214,11 +214,10 @@ def test_memory_comes_back_when_the_work_fails() -> None:
 
 
 def test_who_has_been_lent_memory_does_not_wait_for_those_who_wait_for_it(models: Family, tmp_path: Path) -> None:
-    """A mount may show a merge that is an input of another one, too: the other holds memory when it needs its blocks."""
+    """A mount may show a merge that is an input of another one, too: that holds memory when it needs its blocks."""
     resources = Workspace.create(Catalog(tmp_path / "catalog"))
-    plan = make_plan(
-        load_recipe(write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)), PlanOptions(), resources
-    )
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models))
+    plan = make_plan(recipe, PlanOptions(), resources)
     shown, inner = Engine(plan, resources, strict=False), resources.compute(plan)
     name = next(iter(plan.tensors))
     with ThreadPoolExecutor(2) as pool:

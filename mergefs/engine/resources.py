@@ -19,7 +19,7 @@ SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 _WORKING_MEMORY: Final = 64 * 2**20
 """For blocks that are being computed: enough for a dozen at once of three experts and their base."""
 _WORKERS: Final = 32
-"""Blocks that may be computed at once. More than there are cores: where sources lie on a slow disk, most wait for it."""
+"""Blocks that may be computed at once: more than there are cores, since most wait where sources lie on a slow disk."""
 
 _Resources = TypeVar("_Resources", bound="Resources")
 
