@@ -25,7 +25,9 @@ from typing import Final
 
 import click
 import numpy as np
-from bench import LLAMA_70B, Shape, environment, scratch, write_sparse_family
+from bench.processes import environment, scratch
+from bench.shapes import LLAMA_70B, Shape
+from bench.sparse import write_sparse_family
 
 from mergefs.catalog import Catalog
 from mergefs.catalog.records import ContentRecord

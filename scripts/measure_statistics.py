@@ -20,7 +20,7 @@ from typing import Any, Final
 import click
 import lmdb
 import numpy as np
-from bench import Shape
+from bench.shapes import Shape
 from blake3 import blake3
 from numpy.typing import NDArray
 
