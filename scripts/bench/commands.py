@@ -146,3 +146,27 @@ def materialize_cost(size: str, repeat: int, directory: Path | None, as_json: bo
         },
         as_json,
     )
+
+
+@bench.command()
+@click.option("--size", default="1GiB", show_default=True, help="Bytes of each of the three models, at least.")
+@click.option("--others", type=click.IntRange(min=0), default=10, show_default=True, help="Recipes beside the edited.")
+@click.option("--repeat", type=click.IntRange(min=1), default=15, show_default=True, help="Rounds that are counted.")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where to write the models; a temporary directory otherwise.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def switch(size: str, others: int, repeat: int, directory: Path | None, as_json: bool) -> None:
+    """What editing a mounted recipe takes until its first tensor is read, beyond the time of reading that.
+
+    And how soon recipes that are added, broken and removed show.
+    """
+    from bench.switching import measure_switching
+    from mergefs.units import parse_size
+
+    with scratch(directory) as place:
+        parameters, measurements = measure_switching(place, parse_size(size), others, repeat)
+    facts = {"parameters_of_each_model": parameters, "recipes_beside": others, "rounds": repeat}
+    report(measurements, facts, as_json)
