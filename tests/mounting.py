@@ -172,7 +172,8 @@ def start_fake_server(
     adopt_orphans()
     control = directory / "control"
     control.mkdir(exist_ok=True)
-    (directory / "mnt").mkdir(exist_ok=True)
+    if find_mount(directory / "mnt") is None:  # of a crashed one, nothing could be asked
+        (directory / "mnt").mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, ROOT / "tests" / "fake_server.py", control, directory / "mnt", *arguments],
         stdin=subprocess.DEVNULL,

@@ -13,11 +13,14 @@ from examples import METHODS, Families, FamilyKind
 from hypothesis import given
 from hypothesis import strategies as st
 from mounting import DEADLINE, Mount, adopt_orphans, clear_mounts_below, environment, unexpected_records
+from ordinary_user import FORGET_MOUNTS
 from recipes import recipe_document, write_document
 
 from mergefs.cli.mount_helper import translate_helper_call
 from mergefs.errors import UsageError
 from mergefs.mount.mountinfo import find_mount
+
+pytestmark = pytest.mark.mounts
 
 _ROOT: Final = os.geteuid() == 0
 FROM_FSTAB: Final = "rw,noatime,x-systemd.automount,allow_other,budget=100%,cache_size=64MiB,log_file={log},dev,suid"
@@ -120,6 +123,7 @@ def test_mount_finds_mergefs_where_it_is_installed(fstab: Fstab, command: str) -
         "table": str(fstab.table),
     }
     script = f"""
+        {FORGET_MOUNTS}
         mount --bind {fstab.directory}/bin /usr/local/sbin
         {command}
         grep -c {fstab.directory}/mount /proc/self/mounts

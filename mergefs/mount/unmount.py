@@ -34,11 +34,17 @@ _PROC: Final = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that keeps a mount busy. ``how`` says with what, such as ``an open file``."""
+    """A process that keeps a mount busy. ``how`` says with what, such as ``an open file``, and ``path`` with which."""
 
     pid: int
     command: str
     how: str
+    path: str
+
+    def __str__(self) -> str:
+        """Return what people read, in one line whatever the names are."""
+        text = f"{self.command} (pid {self.pid}, {self.how} {self.path})"
+        return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_status(entry: MountEntry, seconds: float = 5.0) -> dict[str, object]:
@@ -113,7 +119,7 @@ def _run_fusermount(entry: MountEntry, lazy: bool) -> None:
 def _busy_message(entry: MountEntry) -> str:
     """Return the sentence for a busy mount."""
     remedy = f"end them, or run `mergefs umount --lazy {entry.mountpoint}`"
-    held = [f"{holder.command} (pid {holder.pid}, {holder.how})" for holder in find_holders(entry)]
+    held = [str(holder) for holder in find_holders(entry)]
     held += [f"the mount on {other.mountpoint}" for other in all_mounts() if _lies_below(other, entry)]
     if not held:
         return f"{entry.mountpoint} is busy, held by processes that this user may not look at; {remedy}"
@@ -133,38 +139,40 @@ def find_holders(entry: MountEntry) -> tuple[Holder, ...]:
         if not directory.name.isdecimal():
             continue
         with contextlib.suppress(OSError):  # a process that has ended, or one of another user
-            how = _how_held(directory, entry)
-            if how is not None:
+            held = _what_is_held(directory, entry)
+            if held is not None:
                 command = (directory / "comm").read_text(errors="replace").strip()
-                holders.append(Holder(int(directory.name), command, how))
+                holders.append(Holder(int(directory.name), command, *held))
     return tuple(sorted(holders, key=lambda holder: holder.pid))
 
 
-def _how_held(process: Path, entry: MountEntry) -> str | None:
-    """Return what ``process``, a directory of /proc, holds of ``entry``. Never asks the mounted file system."""
+def _what_is_held(process: Path, entry: MountEntry) -> tuple[str, str] | None:
+    """Return how ``process``, a directory of /proc, holds ``entry``, and which path. Never asks the mount itself."""
     for link, how in (("cwd", "its working directory"), ("root", "its root directory")):
-        if _points_into(process / link, entry.mountpoint):
-            return how
+        if path := _target_inside(process / link, entry.mountpoint):
+            return how, path
     with contextlib.suppress(OSError):
         for descriptor in (process / "fd").iterdir():
-            if _points_into(descriptor, entry.mountpoint):
-                return "an open file"
+            if path := _target_inside(descriptor, entry.mountpoint):
+                return "an open file", path
     major, minor = (int(part) for part in entry.device.split(":"))
     device = f"{major:02x}:{minor:02x}"
     with (process / "maps").open("rb") as maps:
         for line in maps:
-            if line.split(None, 4)[3].decode("ascii") == device:
-                return "a mapped file"
+            # Addresses, permissions, offset, device, inode, path.
+            fields = line.rstrip(b"\n").split(None, 5)
+            if fields[3].decode("ascii") == device:
+                return "a mapped file", os.fsdecode(fields[5]) if len(fields) > 5 else ""
     return None
 
 
-def _points_into(link: Path, mountpoint: Path) -> bool:
-    """Return whether the /proc link leads into ``mountpoint``, by its text alone."""
+def _target_inside(link: Path, mountpoint: Path) -> str | None:
+    """Return where the /proc link leads, by its text alone, if that is ``mountpoint`` or below it."""
     try:
-        target = Path(os.readlink(link))  # noqa: PTH115 (Path.readlink is the same, and slower)
+        target = os.readlink(link)  # noqa: PTH115 (Path.readlink is the same, and slower)
     except OSError:
-        return False
-    return target.is_relative_to(mountpoint)
+        return None
+    return target if Path(target).is_relative_to(mountpoint) else None
 
 
 def _server(entry: MountEntry) -> int | None:
@@ -203,7 +211,10 @@ def _wait_for_end(server: int, mountpoint: Path) -> None:
     while (left := deadline - time.monotonic()) > 0:
         if poll.poll(left * 1000):
             return
-    raise MountError(f"{mountpoint} is unmounted, but its server has not ended within {_SERVER_DEADLINE:.0f} s")
+    raise MountError(
+        f"{mountpoint} is unmounted, but its server has not ended within {_SERVER_DEADLINE:.0f} s: a read may still be "
+        "going on, or another mount namespace, such as a container's, still has the mount"
+    )
 
 
 def shown_plans() -> frozenset[str]:
