@@ -66,6 +66,7 @@ install_command() {
 package_of() {
   case "$1" in
     getfattr) printf 'attr' ;;
+    fusermount3) printf 'fuse3' ;; # and with it libfuse 3
     *) printf '%s' "$1" ;;
   esac
 }

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs them all: format, lint, types, tests.
-# usage: scripts/test.sh [--all] [pytest arguments]     (--all adds the tests that need minutes or much disk)
+# usage: scripts/test.sh [--all] [pytest arguments]     (--all adds the tests that need minutes or much disk,
+#        and runs those of mounts once more, with the other binding of libfuse)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
+all=""
 heavy=(-m "not heavy")
-programs=(strace rsync getfattr)
+programs=(strace rsync getfattr fusermount3)
 if [ "${1:-}" = --all ]; then
+  all=yes
   heavy=()
   programs+=(chromium)
   shift
@@ -21,4 +24,10 @@ say "mypy"
 .venv/bin/mypy
 say "pytest"
 # A file of tests stays in one process, so what it makes for all of them is made once.
-exec .venv/bin/python -m pytest -n auto --dist loadfile "${heavy[@]}" "$@"
+run_tests() { .venv/bin/python -m pytest -n auto --dist loadfile "$@"; }
+run_tests "${heavy[@]}" "$@"
+if [ -n "$all" ]; then
+  say "pytest: mounts through fusepy and libfuse 2"
+  # 5: among the tests that were asked for is none of mounts.
+  MERGEFS_FUSE_BINDING=fusepy run_tests -m mounts "$@" || [ $? = 5 ]
+fi

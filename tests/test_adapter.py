@@ -27,6 +27,8 @@ from mergefs.mount import bindings
 from mergefs.mount.adapter import TreeOperations
 from mergefs.mount.mountinfo import find_mount
 
+pytestmark = pytest.mark.mounts
+
 
 @pytest.fixture(scope="module")
 def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:

@@ -31,6 +31,8 @@ from mergefs.mount.mountinfo import find_mount
 from mergefs.mount.mountpoint import check_mountpoint, refuse_sources_inside
 from mergefs.mount.unmount import unmount
 
+pytestmark = pytest.mark.mounts
+
 
 def assert_nothing_left(directory: Path) -> None:
     """Check that neither mount nor process nor log is left of a start that failed."""

@@ -19,6 +19,8 @@ import mergefs
 from mergefs.mount.mountinfo import find_mount
 from mergefs.mount.unmount import read_status
 
+pytestmark = pytest.mark.mounts
+
 WEIGHTS = "model.safetensors"
 SHOWS = 1.0
 """Seconds within which a change must show."""

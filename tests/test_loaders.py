@@ -25,6 +25,8 @@ import mergefs
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
 
+pytestmark = pytest.mark.mounts
+
 PAGE: Final = mmap.PAGESIZE
 SENTENCE: Final = "w5 w17 w90 w42 w8"
 

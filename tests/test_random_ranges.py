@@ -30,6 +30,8 @@ from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
 from mergefs.sources import blocks
 
+pytestmark = pytest.mark.mounts
+
 # Three blocks of embedding, the last one ragged, and small tensors that share pages with their neighbours.
 KIND = FamilyKind(torch.bfloat16, tied=True, hidden=128, layers=1, vocabulary=10007)
 FILE = "model.safetensors"

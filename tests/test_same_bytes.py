@@ -28,6 +28,8 @@ from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
 from mergefs.sources import blocks
 
+pytestmark = pytest.mark.mounts
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -24,6 +24,8 @@ from recipes import recipe_document, write_document
 import mergefs
 from mergefs.mount.mountinfo import find_mount
 
+pytestmark = pytest.mark.mounts
+
 DOCUMENT: Final = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
 _BLOCK: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS: Final[list[tuple[str, str]]] = _BLOCK.findall(DOCUMENT)

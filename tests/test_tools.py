@@ -17,6 +17,8 @@ import mergefs
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import materialize
 
+pytestmark = pytest.mark.mounts
+
 # Each runs where ``model`` is the directory, or a link to it. What is sorted comes in the order of a directory, which
 # no file system promises; times, owners and permissions are the mount's own.
 SAME_OUTPUT: Final = (

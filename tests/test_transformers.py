@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mergefs
 from mergefs.materialize.materialize import materialize
 
+pytestmark = pytest.mark.mounts
+
 KINDS = [
     FamilyKind(dtype, tied, shards)
     for dtype, tied, shards in (

@@ -1,18 +1,22 @@
 """The choice between the Python bindings of libfuse, and all that differs between them.
 
-mfusepy (libfuse 3, or 2) is taken when it is installed and loads, fusepy (libfuse 2) otherwise. Nothing else in the
-package imports a binding.
+mfusepy (libfuse 3, or 2) is taken when it is installed and loads, fusepy (libfuse 2) otherwise, unless
+$MERGEFS_FUSE_BINDING names one. Nothing else in the package imports a binding.
 """
 
 import importlib
 import os
+from collections.abc import Callable, Mapping
 from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Protocol
 
-from mergefs.errors import MountError
+from mergefs.errors import MountError, UsageError
+
+CHOICE: Final = "MERGEFS_FUSE_BINDING"
+"""The environment variable that may name the binding to use."""
 
 SOURCE: Final = "mergefs"
 """What the list of mounts names as the mounted device, where nobody says otherwise."""
@@ -92,12 +96,22 @@ def _load_fusepy() -> Binding:
     return Binding("fusepy", (2, module._libfuse.fuse_version() % 10), module)
 
 
+LOADERS: Final[Mapping[str, Callable[[], Binding]]] = {"mfusepy": _load_mfusepy, "fusepy": _load_fusepy}
+"""How to load each binding, the preferred one first."""
+
+
 def load_binding() -> Binding:
-    """Return the preferred binding that works here. Raises MountError, with what to install, when there is none."""
+    """Return the binding that $MERGEFS_FUSE_BINDING names, or else the first of ``LOADERS`` that works here.
+
+    Raises UsageError when the variable names no binding, and MountError, with what to install, when none works.
+    """
+    choice = os.environ.get(CHOICE)
+    if choice and choice not in LOADERS:
+        raise UsageError(f"{CHOICE} is {choice!r}, which is no binding of libfuse; set it to {' or '.join(LOADERS)}")
     reasons = []
-    for name, load in (("mfusepy", _load_mfusepy), ("fusepy", _load_fusepy)):
+    for name in [choice] if choice else LOADERS:
         try:
-            return load()
+            return LOADERS[name]()
         except ModuleNotFoundError:
             reasons.append(f"{name} is not installed")
         except (ImportError, OSError, AttributeError) as error:
