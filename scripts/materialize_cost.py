@@ -16,7 +16,7 @@ import numpy as np
 _WITHOUT: Final = """
 import os, sys
 from mergefs.cli import main
-from mergefs.materialize import writer
+from mergefs.materialize import tensor_hashes, weights
 
 class Nothing:
     def __init__(self, *_): pass
@@ -26,8 +26,8 @@ class Nothing:
 if "sync" in sys.argv[1]:
     os.fsync = lambda descriptor: None
 if "hashes" in sys.argv[1]:
-    writer.blake3 = Nothing
-    writer.hash_pieces = lambda data: ("0" * 64,) * -(-len(data) // writer.PIECE)
+    weights.blake3 = tensor_hashes.blake3 = Nothing
+    weights.hash_pieces = lambda data: ("0" * 64,) * -(-len(data) // weights.PIECE)
 sys.exit(main(sys.argv[2:]))
 """
 """Runs a command without what its first argument names. Nobody can ask for that but here."""

@@ -22,7 +22,7 @@ from mergefs.catalog import Catalog
 from mergefs.cli import materialize as materialize_command
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import UsageError, VerificationError
-from mergefs.materialize import writer
+from mergefs.materialize import weights
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, read_manifest
 from mergefs.materialize.recomputing import Sample, recompute, verify_deep
 from mergefs.materialize.verify import find_damage, verify
@@ -127,7 +127,7 @@ def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
         monkeypatch.chdir(place)
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
         monkeypatch.setattr(materialize_command, "_CACHE_SIZE", chunk * 1000)
-        monkeypatch.setattr(writer, "_CHUNK", chunk * PIECE)
+        monkeypatch.setattr(weights, "CHUNK", chunk * PIECE)
         said = said_by("--catalog", place / "catalog", "materialize", recipe.name, "out")
         assert said.status == 0, said.stderr
         kept.append({path.name: path.read_bytes() for path in (place / "out").iterdir()})

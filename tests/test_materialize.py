@@ -169,7 +169,7 @@ def test_who_reads_while_a_model_is_replaced_sees_the_old_or_the_new_one_and_nev
 
 _DIE = """
 import os, signal, sys
-from mergefs.materialize import staging, writer
+from mergefs.materialize import output, staging
 point, count = sys.argv[1], int(sys.argv[2])
 
 def die(*_, **__):
@@ -194,8 +194,8 @@ def after(module, name):
     setattr(module, name, wrapped)
 
 {
-    "before writing": lambda: before(writer, "write_all"),
-    "after writing": lambda: after(writer, "write_all"),
+    "before writing": lambda: before(output, "write_all"),
+    "after writing": lambda: after(output, "write_all"),
     "before the commit": lambda: before(staging.Staging, "commit"),
     "after the exchange": lambda: after(staging, "exchange"),
     "after the commit": lambda: after(staging.Staging, "commit"),
@@ -266,7 +266,7 @@ def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(materialize_module.ModelWriter, "write", interrupt)
+    monkeypatch.setattr(materialize_module, "write_models", interrupt)
     before = sorted(tmp_path.iterdir())
     assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 130
     assert sorted(tmp_path.iterdir()) == before
@@ -278,7 +278,7 @@ def test_a_signal_that_asks_to_end_leaves_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     handler = signal.getsignal(number)
-    monkeypatch.setattr(materialize_module.ModelWriter, "write", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(materialize_module, "write_models", lambda *_: os.kill(os.getpid(), number))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as ended:
         main(["materialize", str(recipe), str(tmp_path / "out")])

@@ -22,8 +22,8 @@ from sentences import Said, said_by
 from mergefs.catalog import Catalog
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError, VerificationError
+from mergefs.materialize import durability, output, weights
 from mergefs.materialize import materialize as materialize_module
-from mergefs.materialize import writer
 from mergefs.materialize.journal import Journal, Piece, Prepared, Read, Work, read_journal
 from mergefs.materialize.manifest import PIECE, manifest_hash
 from mergefs.materialize.materialize import Interrupted, Materialized, materialize
@@ -78,8 +78,8 @@ def expected(recipe: Path, tmp_path: Path) -> str:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_CHUNK", 2 * PIECE)
-    monkeypatch.setattr(writer, "_SYNC_BYTES", 4 * PIECE)
+    monkeypatch.setattr(weights, "CHUNK", 2 * PIECE)
+    monkeypatch.setattr(durability, "SYNC_BYTES", 4 * PIECE)
 
 
 @pytest.fixture
@@ -90,19 +90,18 @@ def interrupted(recipe: Path, out: Path, small_steps: None, expected: str) -> St
 
 
 def interrupt(recipe: Path, out: Path, pieces: int, **how: bool) -> None:
-    """Let a run be interrupted by Ctrl-C when it has written so many pieces."""
-    real = writer.write_all
-    left = pieces * PIECE
+    """Let a run be interrupted by Ctrl-C when it has written so many pieces behind what was finished before."""
+    real = output.write_all
+    journal = read_journal(Staging(staging_path(out), out).journal)
+    last = ((0 if journal is None else journal.finished_pieces) + pieces - 1) * PIECE
 
-    def write_or_stop(descriptor: int, data: bytes, offset: int | None = None) -> None:
-        nonlocal left
+    def write_or_stop(descriptor: int, data: memoryview, offset: int | None = None) -> None:
         real(descriptor, data, offset)
-        left -= len(data)
-        if left <= 0:
+        if offset is not None and offset + len(data) > last:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "write_all", write_or_stop)
+        patch.setattr(output, "write_all", write_or_stop)
         with pytest.raises(KeyboardInterrupt):
             write(recipe, out, Interrupted.RESUME, **how)
 
@@ -130,7 +129,7 @@ def test_the_next_run_says_what_it_finds_and_leaves_it(interrupted: Staging, rec
 
 
 def test_an_interrupted_command_says_how_to_go_on(recipe: Path, out: Path, small_steps: None) -> None:
-    real = writer.write_all
+    real = output.write_all
 
     def stop(descriptor: int, data: bytes, offset: int | None = None) -> None:
         real(descriptor, data, offset)
@@ -138,7 +137,7 @@ def test_an_interrupted_command_says_how_to_go_on(recipe: Path, out: Path, small
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "write_all", stop)
+        patch.setattr(output, "write_all", stop)
         said = run(recipe, out)
     assert said.status == 130
     assert f"{out} is kept in {staging_path(out)}; go on with --resume, or use --fresh" in said.stderr
@@ -311,14 +310,14 @@ def test_a_merge_without_a_finite_result_leaves_nothing_to_go_on_with(
     from mergefs.engine.model_files import ModelFiles
     from mergefs.errors import NonFiniteError
 
-    real = ModelFiles.read
+    real = ModelFiles.read_into
 
-    def fail(files: ModelFiles, name: str, offset: int, size: int) -> bytes:
-        if name == WEIGHTS and offset > 10 * PIECE:
+    def fail(files: ModelFiles, name: str, offset: int, view: memoryview) -> None:
+        if offset > 10 * PIECE:
             raise NonFiniteError("the merge of a tensor has NaN in it")
-        return real(files, name, offset, size)
+        real(files, name, offset, view)
 
-    monkeypatch.setattr(ModelFiles, "read", fail)
+    monkeypatch.setattr(ModelFiles, "read_into", fail)
     with pytest.raises(NonFiniteError):
         write(recipe, out)
     assert not out.parent.exists()
@@ -373,16 +372,16 @@ def test_a_killed_command_is_gone_on_with_by_another_process(
 ) -> None:
     code = (
         "import os, signal, sys\n"
-        "from mergefs.materialize import writer\n"
+        "from mergefs.materialize import durability, output, weights\n"
         "from mergefs.cli import main\n"
-        "writer._CHUNK = writer._SYNC_BYTES = 2 * writer.PIECE\n"
-        "real, count = writer.write_all, 0\n"
+        "weights.CHUNK = durability.SYNC_BYTES = 2 * weights.PIECE\n"
+        "real, count = output.write_all, 0\n"
         "def write_all(*arguments):\n"
         "    global count\n"
         "    real(*arguments)\n"
         "    count += 1\n"
-        "    if count == 12: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "writer.write_all = write_all\n"
+        "    if count == 20: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "output.write_all = write_all\n"
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, "materialize", str(recipe), str(out)]

@@ -3,6 +3,7 @@
 import logging
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,27 @@ class Engine:
         self._resources.ledger.record_served(len(data))
         return data
 
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a weight file from ``offset``, at which there must be so many.
+
+        Of the blocks only those at the edges are kept in the cache: who reads in this way comes by once.
+        """
+        file, end = self._files[name], offset + len(view)
+        header = file.header[offset:end]
+        view[: len(header)] = header
+        position = offset + len(header)
+        while position < end:
+            tensor, begin = self._tensor_at(file, position)
+            stop = min(end - begin, tensor.nbytes)
+            for piece in self._pieces(tensor, position - begin, stop, once=True):
+                view[position - offset : position - offset + piece.nbytes] = piece.data
+                position += piece.nbytes
+            position = begin + stop
+        self._resources.ledger.record_served(len(view))
+
     def read_tensor(self, name: str, begin: int, end: int) -> Raw:
         """Return the bytes ``begin`` to ``end`` of a tensor, as a fresh array."""
-        pieces = self._pieces(self.plan.tensors[name], begin, end)
+        pieces = list(self._pieces(self.plan.tensors[name], begin, end))
         result: Raw = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
         self._resources.ledger.record_served(result.nbytes)
         return result
@@ -79,7 +98,7 @@ class Engine:
         """Return the bytes of the elements ``start`` to ``stop`` (flat indices) of a tensor, as a fresh array."""
         tensor = self.plan.tensors[name]
         itemsize = tensor.dtype.itemsize
-        pieces = self._pieces(tensor, start * itemsize, stop * itemsize, purpose)
+        pieces = list(self._pieces(tensor, start * itemsize, stop * itemsize, purpose))
         result: Raw = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
         return result
 
@@ -104,17 +123,25 @@ class Engine:
         index = bisect_right(file.offsets, position) - 1
         return self.plan.tensors[file.tensors[index]], file.offsets[index]
 
-    def _pieces(self, tensor: TensorPlan, begin: int, end: int, purpose: Purpose = Purpose.EXPERT) -> list[Raw]:
-        """Return views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor."""
-        step = tensor.grid.step * tensor.dtype.itemsize
-        pieces: list[Raw] = []
-        for block in range(begin // step, -(-end // step)):
-            data = self._block(tensor, block, purpose)
-            pieces.append(data[max(begin - block * step, 0) : end - block * step])
-        return pieces
+    def _pieces(
+        self, tensor: TensorPlan, begin: int, end: int, purpose: Purpose = Purpose.EXPERT, once: bool = False
+    ) -> Iterator[Raw]:
+        """Yield views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor.
 
-    def _block(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
-        """Return one block of the merged tensor from the cache, or compute it, reading for ``purpose``."""
+        With ``once`` no block that lies there as a whole is kept in the cache.
+        """
+        step = tensor.grid.step * tensor.dtype.itemsize
+        for block in range(begin // step, -(-end // step)):
+            first, last = block * step, min((block + 1) * step, tensor.nbytes)
+            whole = begin <= first and last <= end
+            data = self._block(tensor, block, purpose, kept=not (once and whole))
+            yield data[max(begin - first, 0) : end - first]
+
+    def _block(self, tensor: TensorPlan, block: int, purpose: Purpose, kept: bool = True) -> Raw:
+        """Return one block of the merged tensor from the cache, or compute it, reading for ``purpose``.
+
+        One that is not to be ``kept`` is computed.
+        """
         self.prepare_tensor(tensor.name)
 
         def compute() -> Raw:
@@ -123,6 +150,8 @@ class Engine:
             with self._resources.room.reserve(_working_bytes(tensor)):
                 return self._compute(tensor, block, purpose)
 
+        if not kept:
+            return compute()
         # Not the same block for both: one who holds memory would wait for another who waits for that memory.
         return self._resources.cache.get((self.plan.plan_id, self._nested, tensor.name, block), compute)
 

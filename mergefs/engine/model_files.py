@@ -74,3 +74,7 @@ class ModelFiles:
             data = self._resources.reader.read(content, offset, wanted, Purpose.AUXILIARY).tobytes()
         self._resources.ledger.record_served(len(data))
         return data
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a weight file from ``offset``; see ``Engine.read_into``."""
+        self.engine.read_into(name, offset, view)

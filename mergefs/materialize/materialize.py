@@ -18,11 +18,12 @@ from mergefs.engine.resources import Resources
 from mergefs.errors import MaterializeError, NonFiniteError, PlanError
 from mergefs.materialize.journal import Journal, Prepared, Read, Recorded, Work
 from mergefs.materialize.manifest import MANIFEST_NAME, BytesRead, Manifest, read_manifest
+from mergefs.materialize.output import write_file
 from mergefs.materialize.staging import Staging, cannot_create, locked
 from mergefs.materialize.system import sync_directory
 from mergefs.materialize.transaction import Transaction, abandon, is_committed, refuse_unfinished, settle, unfinished
 from mergefs.materialize.verify import verify
-from mergefs.materialize.writer import ModelWriter, Written, write_file
+from mergefs.materialize.writer import ModelWriter, Written, write_models
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
@@ -178,7 +179,8 @@ class _Run:
         self._progress.start("writing", self._total)
         proven = {} if self._recorded is None else self._recorded.pieces
         writer = ModelWriter(self._files, self._stage.model, journal, proven, self._progress, self._spent)
-        written = writer.write()
+        write_models([writer], max(1, os.cpu_count() or 1))
+        written = writer.written()
         _check_sources(self._files)  # what was written to meanwhile may have been read before and after
         content = content_identity(
             [(name, entry.dtype, entry.shape, written.contents[name]) for name, entry in written.tensors.items()]

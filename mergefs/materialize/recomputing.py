@@ -14,9 +14,9 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import RecipeError, UsageError, VerificationError
 from mergefs.materialize.manifest import PIECE, read_manifest
+from mergefs.materialize.pieces import ahead
 from mergefs.materialize.system import read_all
 from mergefs.materialize.verify import Damage, Verified, verify
-from mergefs.materialize.writer import ahead
 from mergefs.planner.ancestry import PROVENANCE_NAME
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.progress import Progress, Silence

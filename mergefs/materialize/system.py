@@ -29,6 +29,14 @@ def read_all(descriptor: int, size: int, offset: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def fill(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from ``offset`` and return how much there was: the system may give less at once."""
+    done = 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
 def sync(descriptor: int) -> None:
     """Make a file's content durable, and its size."""
     os.fsync(descriptor)

@@ -11,8 +11,8 @@ from blake3 import blake3
 
 from mergefs.errors import VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, FileEntry, Manifest, read_manifest
+from mergefs.materialize.pieces import ahead, hash_pieces
 from mergefs.materialize.system import read_all
-from mergefs.materialize.writer import ahead, hash_pieces
 from mergefs.progress import Progress, Silence
 
 _CHUNK: Final = 8 * PIECE

@@ -1,0 +1,141 @@
+"""One weight file, in chunks of whole pieces: any thread computes and writes them, one takes note of them in order.
+
+What the journal of an earlier run tells of is read back and used if its hashes agree; everything else is computed.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from blake3 import blake3
+
+from mergefs.engine.model_files import ModelFiles
+from mergefs.errors import MaterializeError
+from mergefs.materialize.durability import Durability
+from mergefs.materialize.manifest import PIECE, FileEntry
+from mergefs.materialize.output import Buffers, Output, failed
+from mergefs.materialize.pieces import hash_pieces
+from mergefs.materialize.tensor_hashes import TensorHashes
+from mergefs.planner.plan import OutputFile
+
+CHUNK: Final = 8 * PIECE
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of whole pieces that lies in the file; ``kept`` says that it did before. ``buffer`` is lent."""
+
+    offset: int
+    size: int
+    buffer: memoryview
+    pieces: tuple[str, ...]
+    kept: bool
+
+
+class WeightFile:
+    """One weight file of a model that is being written. ``proven`` are pieces that a journal tells of, by number.
+
+    Whoever computes has one of the ``processors`` meanwhile.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        file: OutputFile,
+        files: ModelFiles,
+        durability: Durability,
+        proven: Mapping[int, str],
+        buffers: Buffers,
+        processors: threading.Semaphore,
+    ) -> None:
+        self.tensors = TensorHashes(files.plan, file)
+        self.reused_bytes = 0
+        self._output = output
+        self._file = file
+        self._files = files
+        self._durability = durability
+        self._proven = proven
+        self._buffers = buffers
+        self._processors = processors
+        self._whole = blake3()
+        self._pieces: list[str] = []
+        self._done = 0
+
+    def offsets(self) -> Iterator[int]:
+        """Yield where each chunk begins."""
+        yield from range(0, self._file.size, CHUNK)
+
+    def make(self, offset: int) -> Chunk:
+        """Bring a chunk into the file, and return it; any thread may do that.
+
+        Raises MaterializeError when the disk fails, and the errors of the engine.
+        """
+        buffer = self._buffers.take()
+        try:
+            view = buffer[: min(CHUNK, self._file.size - offset)]
+            pieces = self._kept(offset, view)
+            kept = pieces is not None
+            if pieces is None:
+                with self._processors:
+                    self._files.read_into(self._file.name, offset, view)
+                    pieces = hash_pieces(view)
+                self._output.write(view, offset)
+            return Chunk(offset, len(view), buffer, pieces, kept)
+        except OSError as error:
+            self._buffers.give_back(buffer)
+            raise self._failed(error) from error
+        except BaseException:
+            self._buffers.give_back(buffer)
+            raise
+
+    def take(self, chunk: Chunk) -> None:
+        """Take note of the next chunk of the file. Raises MaterializeError when an earlier one could not be synced."""
+        view = chunk.buffer[: chunk.size]
+        with self._processors:
+            self._whole.update(view)
+            self.tensors.update(chunk.offset, view)
+        self._pieces += chunk.pieces
+        self._done += chunk.size
+        self.note(chunk)
+        if self._done == self._file.size:
+            self._durability.begin_sync()
+
+    def note(self, chunk: Chunk) -> None:
+        """Let a chunk become durable. Raises MaterializeError."""
+        self._buffers.give_back(chunk.buffer)
+        if chunk.kept:
+            self.reused_bytes += chunk.size
+            return
+        try:
+            self._durability.add(chunk.offset // PIECE, chunk.pieces, chunk.size)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> FileEntry:
+        """Wait until all of it is durable, and return its entry. Raises MaterializeError."""
+        try:
+            self._durability.wait()
+        except OSError as error:
+            raise self._failed(error) from error
+        return FileEntry(self._file.size, self._whole.hexdigest(), tuple(self._pieces))
+
+    def save(self) -> None:
+        """Make durable what was noted, after an error."""
+        self._durability.save()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._output.close()
+
+    def _kept(self, offset: int, view: memoryview) -> tuple[str, ...] | None:
+        """Read a chunk that an earlier run has written, and return its pieces, None unless all are proven."""
+        first = offset // PIECE
+        told = [self._proven.get(index) for index in range(first, first + -(-len(view) // PIECE))]
+        if None in told or not self._output.read(view, offset):
+            return None
+        pieces = hash_pieces(view)
+        return pieces if list(pieces) == told else None
+
+    def _failed(self, error: OSError) -> MaterializeError:
+        return failed(self._output.path, self._done, error)
