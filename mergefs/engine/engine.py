@@ -47,6 +47,8 @@ class Engine:
         self._inputs = InputReader(resources.reader, self.tally)
         self._reported: set[str] = set()
         self._lock = threading.Lock()
+        if not nested:  # else its blocks are the outer one's
+            resources.shared.add_user(self, (file for source in plan.sources for file in source.checked_files))
 
     def read_file(self, name: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a weight file from ``offset``; fewer only where the file ends."""

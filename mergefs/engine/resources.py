@@ -9,6 +9,7 @@ from mergefs.engine.room import Room
 from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.reader import SourceReader
+from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 from mergefs.statistics.identity import known_blocks
 from mergefs.statistics.service import StatisticsService
@@ -32,6 +33,7 @@ class Resources:
     ledger: Ledger
     reader: SourceReader
     cache: BlockCache
+    shared: SharedBlocks
     statistics: StatisticsService
     room: Room
 
@@ -45,12 +47,15 @@ class Resources:
         """
         ledger = Ledger()
         check = BlockCheck(partial(known_blocks, catalog=catalog)) if verify_reads else None
-        reader = SourceReader(ledger, check=check)
+        cache = BlockCache(cache_size)
+        shared = SharedBlocks(cache)
+        reader = SourceReader(ledger, check=check, shared=shared)
         return cls(
             catalog=catalog,
             ledger=ledger,
             reader=reader,
-            cache=BlockCache(cache_size),
+            cache=cache,
+            shared=shared,
             statistics=StatisticsService(catalog, reader),
             room=Room(_WORKING_MEMORY, _WORKERS),
         )

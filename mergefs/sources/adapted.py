@@ -220,6 +220,7 @@ class ReplacedRows(_WithAdditions):
         ]
         if inside:
             (rows,) = self.additions
+            data = data.copy()
             others = _converted(rows.read_kept(reader, purpose), rows.dtype, self.dtype)
             for number, row in inside:
                 begin, end = max(row * columns, start), min((row + 1) * columns, stop)

@@ -56,7 +56,7 @@ class Place(ABC):
 
     @abstractmethod
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
-        """Return the bytes of the elements ``start`` to ``stop`` (flat indices), as a fresh array.
+        """Return the bytes of the elements ``start`` to ``stop`` (flat indices); they must not be written to.
 
         ``purpose`` is ANALYSIS, or EXPERT (EXPERT_AGAIN when they have been read before) for bytes that are served;
         what belongs to the base is counted as the base's then. Raises the errors of ``SourceReader.read``.

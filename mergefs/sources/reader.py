@@ -22,6 +22,7 @@ from mergefs.errors import SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
 from mergefs.sources.ledger import Ledger, Purpose
+from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 
 SourceFile = Shard | AuxiliaryFile
@@ -49,12 +50,20 @@ class _OpenFile:
 class SourceReader:
     """Reads from source files on behalf of many threads, keeping at most ``open_files`` of them open.
 
-    ``check`` holds blocks of tensors against their hashes; without it they are taken as they come.
+    ``check`` holds blocks of tensors against their hashes; without it they are taken as they come. ``shared`` keeps
+    those that others want, too.
     """
 
-    def __init__(self, ledger: Ledger, open_files: int = 128, check: BlockCheck | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        open_files: int = 128,
+        check: BlockCheck | None = None,
+        shared: SharedBlocks | None = None,
+    ) -> None:
         self._ledger = ledger
         self._check = check
+        self._shared = shared
         self._limit = open_files
         self._lock = threading.Lock()
         self._files: OrderedDict[tuple[Path, Fingerprint, int], _OpenFile] = OrderedDict()
@@ -84,11 +93,19 @@ class SourceReader:
         return buffer
 
     def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
-        """Return the elements ``start`` to ``stop`` (flat indices) of a tensor of ``shard``, as fresh writable bytes.
+        """Return the elements ``start`` to ``stop`` (flat indices) of a tensor of ``shard``, not to be written to.
 
         Whole blocks among them are checked. Raises the errors of ``read``, and SourceChangedError for a block that is
         not what was analysed.
         """
+        if self._shared is None or purpose is Purpose.ANALYSIS:  # which goes once over everything
+            return self._read_checked(shard, tensor, start, stop, purpose)
+        return self._shared.read(
+            shard, tensor, start, stop, lambda: self._read_checked(shard, tensor, start, stop, purpose)
+        )
+
+    def _read_checked(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
+        """Read elements from the file, as a fresh array, and check the whole blocks among them."""
         itemsize = tensor.dtype.itemsize
         data = self.read(shard, tensor.offset + start * itemsize, (stop - start) * itemsize, purpose)
         if self._check is not None:
@@ -108,7 +125,7 @@ class SourceReader:
                 with self._lock:
                     counted = Purpose.EXPERT_AGAIN if key in self._paid else Purpose.EXPERT
                     self._paid.add(key)
-            data = self.read_tensor(shard, tensor, 0, tensor.nbytes // tensor.dtype.itemsize, counted)
+            data = self._read_checked(shard, tensor, 0, tensor.nbytes // tensor.dtype.itemsize, counted)
             data.flags.writeable = False
             return data
 
