@@ -55,11 +55,11 @@ def transaction_of(directory: Path) -> str:
 def test_a_directory_tells_its_whole_lineage(generations: tuple[Path, Path], models: Family) -> None:
     first, second = generations
     found = logged(second)
-    assert (found["plan_id"], found["method"]) == (read_manifest(second).plan_id, "linear")
+    assert (found["plan_id"], found["method"]) == (read_manifest(second).whole_id, "linear")
     assert [run["destination"] for run in found["runs"]] == [str(second)]
     inner, base = found["inputs"]
     assert (inner["name"], inner["identity"]) == (str(first), read_manifest(first).content)
-    assert (inner["plan_id"], inner["method"]) == (read_manifest(first).plan_id, "ties")
+    assert (inner["plan_id"], inner["method"]) == (read_manifest(first).whole_id, "ties")
     assert [entry["name"] for entry in inner["inputs"]] == [str(path) for path in (*models.experts, models.base)]
     assert (base["name"], base["role"], base["inputs"]) == (str(models.base), "expert", [])
 
@@ -67,7 +67,7 @@ def test_a_directory_tells_its_whole_lineage(generations: tuple[Path, Path], mod
 def test_people_see_a_tree(generations: tuple[Path, Path], models: Family) -> None:
     first, second = generations
     lines = said_by("log", second).stdout.splitlines()
-    assert lines[0].startswith(f"{second}  (plan {read_manifest(second).plan_id}, linear)")
+    assert lines[0].startswith(f"{second}  (plan {read_manifest(second).whole_id}, linear)")
     assert lines[1].startswith("│ committed 20")
     assert lines[2].startswith(f"├─ {first}  (expert, plan ")
     assert lines[3].startswith(f"│  ├─ {models.experts[0]}  (expert, contents ")
@@ -77,9 +77,9 @@ def test_people_see_a_tree(generations: tuple[Path, Path], models: Family) -> No
 
 def test_a_plan_and_a_run_are_found_by_their_ids_or_how_they_begin(generations: tuple[Path, Path]) -> None:
     _, second = generations
-    plan_id, run = read_manifest(second).plan_id, transaction_of(second)
+    plan_id, run = read_manifest(second).whole_id, transaction_of(second)
     whole = logged(second)
-    for target in (plan_id, plan_id[:8], run, run[:8]):
+    for target in (plan_id, plan_id[:16], plan_id[:8], run, run[:8]):
         found = logged(target)
         assert (found["plan_id"], found["inputs"]) == (plan_id, whole["inputs"])
     assert logged(run)["name"] == str(second)
@@ -114,13 +114,13 @@ def test_a_model_without_its_files_is_known_by_its_contents(generations: tuple[P
     )
     assert said_by("materialize", recipe, tmp_path / "third").status == 0
     found = logged(tmp_path / "bare")
-    assert (found["plan_id"], found["method"]) == (read_manifest(first).plan_id, "ties")
+    assert (found["plan_id"], found["method"]) == (read_manifest(first).whole_id, "ties")
     assert logged(tmp_path / "third")["inputs"][0]["inputs"] == found["inputs"]
 
 
 def test_a_plan_whose_models_are_gone_is_told_from_the_catalog(generations: tuple[Path, Path], models: Family) -> None:
     first, second = generations
-    plan_id = read_manifest(second).plan_id
+    plan_id = read_manifest(second).whole_id
     shutil.rmtree(second)
     shutil.rmtree(first)
     found = logged(plan_id)
@@ -154,8 +154,34 @@ def test_a_mounted_model_tells_its_lineage(models: Family, tmp_path: Path) -> No
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
     with mounted_recipes(recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state"):
         found = logged(tmp_path / "mnt")
-    assert found["method"] == "ties"
+        assert found["plan_id"].startswith("local-")
+        assert said_by("materialize", recipe, tmp_path / "out").status == 0
+        written = logged(tmp_path / "out")
+        asked = read_manifest(tmp_path / "out").plan_id
+        assert logged(asked) == written | {
+            "name": str(recipe)
+        }  # and not the plan that the mount shows, of the same half
+        assert logged(found["plan_id"])["runs"] == []
+    assert (found["method"], found["plan_id"].removeprefix("local-")[:16]) == ("ties", asked)
     assert len(found["inputs"]) == 3
+
+
+def test_a_mounted_model_is_told_what_the_catalog_knows_of_the_contents_of_its_inputs(
+    generations: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A bare copy of a written model, which is mounted as the input of another."""
+    first, _ = generations
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(first / name, tmp_path / "bare" / name)
+    recipe = write_document(
+        tmp_path / "r.yml", {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "bare")}]}
+    )
+    assert said_by("analyze", tmp_path / "bare").status == 0
+    catalog = {"MERGEFS_CATALOG": os.environ["MERGEFS_CATALOG"]}
+    with mounted_recipes(recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state", extra=catalog):
+        (found,) = logged(tmp_path / "mnt")["inputs"]
+    assert (found["plan_id"], found["method"]) == (read_manifest(first).whole_id, "ties")
 
 
 def test_every_run_is_listed_the_latest_first(generations: tuple[Path, Path]) -> None:

@@ -24,8 +24,14 @@ from mergefs.engine.workspace import Workspace
 from mergefs.errors import UsageError, VerificationError
 from mergefs.materialize import weights
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, read_manifest
+from mergefs.materialize.materialize import Interrupted, materialize
 from mergefs.materialize.recomputing import Sample, recompute, verify_deep
 from mergefs.materialize.verify import find_damage, verify
+from mergefs.planner.ancestry import read_ancestry
+from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.progress import Silence
+from mergefs.recipe.model import load_recipe
+from mergefs.statistics.contents import identify
 
 WEIGHTS = "model.safetensors"
 FLIPS = 1000
@@ -94,17 +100,18 @@ def test_the_written_model_has_the_identity_that_the_manifest_tells(written: Pat
         tmp_path / "recipe.yml", {"merge_method": "passthrough", "models": [{"model": str(written)}]}
     )
     assert said_by("materialize", recipe, tmp_path / "copy").status == 0
-    (entry,) = json.loads((tmp_path / "copy" / "mergefs.json").read_bytes())["inputs"]
-    assert entry["identity"] == read_manifest(written).content == read_manifest(tmp_path / "copy").content
+    (entry,) = read_manifest(tmp_path / "copy").contents.inputs
+    assert entry.identity == read_manifest(written).content == read_manifest(tmp_path / "copy").content
 
 
 def test_nothing_of_the_time_or_the_machine_is_in_what_is_hashed(written: Path) -> None:
     content = json.loads((written / MANIFEST_NAME).read_bytes())
     assert set(content) == {
-        *("format", "manifest", "plan_id", "content", "mergefs_version", "piece_bytes"),
-        *("expert_bytes_planned", "read", "files", "tensors"),
+        *("format", "manifest", "plan_id", "contents", "content", "mergefs_version", "piece_bytes"),
+        *("cost", "files", "tensors"),
     }
-    changed = json.dumps(content | {"read": {"expert_bytes": 1, "base_bytes": 2}}, indent=1)
+    cost = {"expert_bytes_planned": 1, "expert_bytes_read": 2, "base_bytes_read": 3}
+    changed = json.dumps(content | {"cost": cost}, indent=1)
     (written.parent / "again").mkdir()
     (written.parent / "again" / MANIFEST_NAME).write_text(changed)
     assert read_manifest(written.parent / "again").manifest == content["manifest"]
@@ -133,14 +140,49 @@ def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
         kept.append({path.name: path.read_bytes() for path in (place / "out").iterdir()})
         if number:
             assert kept[0] == kept[number]
-    assert not json.loads(kept[0]["mergefs.json"])["plan_id"].startswith("local-")
+    assert all(entry["identity"] for entry in json.loads(kept[0][MANIFEST_NAME])["contents"]["inputs"])
 
 
 def test_without_verified_reads_nothing_is_hashed_beforehand(models: Family, tmp_path: Path) -> None:
+    """The manifest tells nothing of the contents of inputs then; all else is the same."""
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
     said = said_by("materialize", "--json", "--no-verify-reads", recipe, tmp_path / "out")
-    assert json.loads(said.stdout)["analysis_bytes_read"] == 0
-    assert read_manifest(tmp_path / "out").plan_id.startswith("local-")
+    shown = json.loads(said.stdout)
+    assert shown["analysis_bytes_read"] == 0
+    assert shown["plan_id"].startswith("local-")
+    bare = read_manifest(tmp_path / "out")
+    assert [entry.identity for entry in bare.contents.inputs] == ["", "", ""]
+    assert said_by("materialize", recipe, tmp_path / "hashed").status == 0
+    hashed = read_manifest(tmp_path / "hashed")
+    assert all(entry.identity for entry in hashed.contents.inputs)
+    assert (hashed.plan_id, hashed.files, hashed.tensors) == (bare.plan_id, bare.files, bare.tensors)
+    assert hashed.manifest != bare.manifest
+
+
+def test_inputs_that_are_hashed_only_meanwhile_are_told_like_those_that_were_before(
+    models: Family, tmp_path: Path
+) -> None:
+    """The plan that is begun has a local id; the run ends as one of the plan that knows what its inputs hold.
+
+    Nor does it make a difference in what is hashed that blocks are known to be equal, and not read, in one of them.
+    """
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)
+    kept, planned = [], []
+    for name, identified in (("before", True), ("meanwhile", False)):
+        workspace = Workspace.create(Catalog(tmp_path / f"catalog-{name}"))
+        plan = make_plan(load_recipe(recipe), PlanOptions(), workspace, identified=identified)
+        assert plan.plan_id.startswith("local-") is not identified
+        if not identified:
+            identify(plan.sources, workspace.catalog, workspace.reader, Silence())
+        written = materialize(plan, tmp_path / name, workspace)
+        (run,) = workspace.catalog.transactions()
+        assert run.plan_id == written.plan_id == read_manifest(tmp_path / name).whole_id
+        kept.append((written.plan_id, written.manifest))
+        planned.append(read_manifest(tmp_path / name).cost.expert_bytes_planned)
+        again = materialize(plan, tmp_path / name, workspace, interrupted=Interrupted.RESUME)
+        assert (again.already_there, again.manifest) == (True, written.manifest)
+        workspace.close()
+    assert kept[0] == kept[1]
 
 
 # Ancestry -------------------------------------------------------------------------------------------------------------
@@ -159,15 +201,73 @@ def test_what_an_input_was_made_of_is_told_in_mount_and_output_alike(models: Fam
     with open_model(third) as model:
         assert model.read_file("mergefs.json") == told
     made_by = json.loads(told)["inputs"][0]["made_by"]
-    assert made_by["plan_id"] == read_manifest(tmp_path / "second").plan_id
+    second_manifest, first_manifest = read_manifest(tmp_path / "second"), read_manifest(tmp_path / "first")
+    assert made_by["plan_id"] == second_manifest.plan_id
     assert made_by["method"] == "linear"
+    assert made_by["inputs"][0]["identity"] == second_manifest.contents.inputs[0].identity == first_manifest.content
     inner = made_by["inputs"][0]["made_by"]
-    assert inner["plan_id"] == read_manifest(tmp_path / "first").plan_id
+    assert inner["plan_id"] == first_manifest.plan_id
+    assert [entry["identity"] for entry in inner["inputs"]] == [
+        entry.identity for entry in first_manifest.contents.inputs
+    ]
     assert [entry["reference"] for entry in inner["inputs"]] == [str(path) for path in (*models.experts, models.base)]
     assert all("made_by" not in entry for entry in inner["inputs"])
 
 
-@pytest.mark.parametrize("content", ["{", '{"plan_id": 1}', "[]", " " * 100])
+def spoil_manifest(directory: Path) -> None:
+    edit(directory, lambda content: content["contents"]["inputs"][0].__setitem__("identity", "0" * 48))
+
+
+def drop_manifest(directory: Path) -> None:
+    (directory / MANIFEST_NAME).unlink()
+
+
+def edit_provenance(directory: Path) -> None:
+    path = directory / "mergefs.json"
+    path.write_text(path.read_text().replace('"copy_tokenizer": true', '"copy_tokenizer": false'))
+
+
+@pytest.mark.parametrize("change", [spoil_manifest, drop_manifest, edit_provenance])
+def test_what_the_inputs_of_an_input_held_is_believed_only_of_a_sound_manifest_that_belongs_to_it(
+    out: Path, change: Callable[[Path], None]
+) -> None:
+    found = read_ancestry(out)
+    assert found is not None
+    assert all(entry.identity for entry in found.inputs)
+    assert found.whole_id == read_manifest(out).whole_id
+    change(out)
+    found = read_ancestry(out)
+    assert found is not None
+    assert [entry.identity for entry in found.inputs] == ["", "", ""]
+    assert all(entry.structure for entry in found.inputs)
+    assert found.whole_id == found.plan_id
+
+
+def test_the_first_format_of_mergefs_json_is_read_without_identities_of_the_machine_it_was_written_on(
+    models: Family, tmp_path: Path
+) -> None:
+    shutil.copytree(models.experts[0], tmp_path / "expert")
+    told = {
+        "format": 1,
+        "plan_id": "ab" * 16,
+        "method": "linear",
+        "inputs": [
+            {"reference": "a", "role": "base", "identity": "cd" * 24},
+            {"reference": "b", "role": "expert", "identity": f"local-{'ef' * 32}"},
+        ],
+        "stand_in": {"reference": "c", "identity": "01" * 24},
+    }
+    (tmp_path / "expert" / "mergefs.json").write_text(json.dumps(told))
+    found = read_ancestry(tmp_path / "expert")
+    assert found is not None
+    assert found.whole_id == found.plan_id == "ab" * 16
+    assert [entry.identity for entry in found.all_inputs] == ["cd" * 24, "", "01" * 24]
+    recipe = write_recipe(tmp_path / "r.yml", MERGES["slerp"], Family(models.base, (tmp_path / "expert",)))
+    assert said_by("materialize", recipe, tmp_path / "out").status == 0
+    assert "local-" not in (tmp_path / "out" / "mergefs.json").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 3}', '{"plan_id": 1}', "[]", " " * 100])
 def test_an_unreadable_provenance_of_an_input_is_told_and_harms_nothing(
     models: Family, tmp_path: Path, content: str
 ) -> None:

@@ -27,6 +27,7 @@ from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.keeping import recorded_selection, selection_record
 from mergefs.planner.levels import EQUAL, WHOLE, Selection
 from mergefs.planner.plan import MergePlan
+from mergefs.planner.plan_ids import meant_by
 from mergefs.planner.targets import find_record, plan_target
 from mergefs.recipe.model import load_recipe
 from mergefs.sources.blocks import BlockGrid
@@ -157,6 +158,64 @@ def test_a_plan_that_knew_its_inputs_by_their_files_gets_its_lasting_id_once_the
     assert other.plan_id == made(recipe, PlanOptions())[0].plan_id
     assert not other.plan_id.startswith("local-")
     assert any(f"plan {plan.plan_id} is plan {other.plan_id} now" in note for note in other.notes)
+    assert plan.asked == other.asked == other.plan_id[:16]
+
+
+def test_what_is_asked_makes_the_first_half_of_an_id_and_what_the_inputs_hold_the_second(
+    models: Family, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
+    assert main(["analyze", str(recipe)]) == 0
+    plan, _ = made(recipe, PlanOptions())
+    other, _ = made(recipe, PlanOptions(random_seed=1))
+    assert (other.plan_id[:16] != plan.plan_id[:16], other.plan_id[16:]) == (True, plan.plan_id[16:])
+    path = models.experts[0] / "model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    touched, _ = made(recipe, PlanOptions())
+    assert touched.plan_id.startswith(f"local-{plan.asked}")
+    assert main(["analyze", str(recipe)]) == 0
+    changed, _ = made(recipe, PlanOptions())
+    assert (changed.asked, changed.plan_id[16:] != plan.plan_id[16:]) == (plan.asked, True)
+    other_way = Family(models.base, models.experts[::-1])
+    swapped, _ = made(write_recipe(tmp_path / "swapped.yml", MERGES["task_arithmetic"], other_way), PlanOptions())
+    assert (swapped.asked, swapped.plan_id != plan.plan_id) == (plan.asked, True)
+
+
+def test_the_structure_of_an_input_is_part_of_what_is_asked(models: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
+    plan, _ = made(recipe, PlanOptions())
+    sharded_anew(models.experts[0])
+    assert made(recipe, PlanOptions())[0].asked == plan.asked
+    path = models.experts[0] / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert made(recipe, PlanOptions())[0].asked != plan.asked
+
+
+def test_a_merge_of_merges_gets_its_lasting_id_once_its_inputs_are_analysed(models: Family, tmp_path: Path) -> None:
+    first = recipe_document(MERGES["ties"], models) | {"name": "first"}
+    second = {"merge_method": "linear", "models": [{"model": "first", "parameters": {"weight": 0.5}}]}
+    recipe = write_document(tmp_path / "recipe.yml", [first, second])
+    plan, _ = made(recipe, PlanOptions())
+    assert plan.plan_id.startswith("local-")
+    assert main(["analyze", str(recipe)]) == 0
+    other, _ = again(plan.plan_id)
+    assert other.plan_id == made(recipe, PlanOptions())[0].plan_id
+    assert other.plan_id.startswith(plan.asked)
+
+
+def test_a_plan_that_was_named_by_other_rules_says_so(models: Family, tmp_path: Path) -> None:
+    plan, _ = made(write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models), PlanOptions("30%"))
+    with Catalog(default_location()) as catalog:
+        record = catalog.plan(plan.plan_id)
+        assert record is not None
+        older = {name: value for name, value in record.made_by.items() if name != "ids"}
+        catalog.keep_plan(
+            _changed(record, made_by=older, plan_id="0" * 32),
+            catalog.plan_entries(plan.plan_id),
+        )
+    with pytest.raises(PlanError, match=r"kept by a version of mergefs that named plans otherwise; plan .* anew"):
+        again("0" * 32)
 
 
 @given(st.data())
@@ -267,7 +326,7 @@ def test_several_plans_are_mounted_side_by_side(models: Family, directory: Path,
         assert sorted(entry.name for entry in (directory / "mnt").iterdir()) == sorted(map(str, beginnings))
         for beginning, plan_id in zip(beginnings, ids, strict=True):
             provenance = json.loads((directory / "mnt" / beginning / "mergefs.json").read_text())
-            assert provenance["plan_id"] == plan_id
+            assert provenance["plan_id"] == plan_id[:16]
 
 
 def test_a_plan_is_written_explained_compared_and_opened_by_its_id(
@@ -313,6 +372,23 @@ def test_the_beginning_of_several_ids_is_refused(kept: str) -> None:
         assert find_record(kept[:20], catalog).plan_id == kept
         with pytest.raises(PlanError, match=rf"{kept[:8]}: 2 plans have ids that begin so .*; give more digits"):
             find_record(kept[:8], catalog)
+
+
+@given(st.data())
+def test_a_beginning_means_the_one_plan_that_knows_what_its_inputs_hold_before_all_that_ask_the_same(
+    data: st.DataObject,
+) -> None:
+    half = data.draw(st.text("0123456789abcdef", min_size=16, max_size=16))
+    ends = data.draw(st.lists(st.text("0123456789abcdef", min_size=16, max_size=16), min_size=2, unique=True))
+    local, lasting = [f"local-{half}{end}" for end in ends[1:]], half + ends[0]
+    beginning = half[: data.draw(st.integers(6, 16))]
+    assert meant_by(beginning, [*local, lasting]) == [lasting]
+    assert meant_by(f"local-{beginning}", [*local, lasting]) == local
+    assert meant_by(local[0], [*local, lasting]) == [local[0]]
+    assert meant_by(beginning, local) == local
+    assert len(meant_by(half, [lasting, half + ends[1], *local])) == 2 + len(local)
+    other = ("1" if half[15] == "0" else "0").join((half[:15], ends[0]))
+    assert meant_by(half[:15], [lasting, f"local-{other}"]) == [lasting, f"local-{other}"]
 
 
 @pytest.mark.parametrize("target", ["0123456789", "local-0123456", "f" * 32])

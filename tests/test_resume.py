@@ -157,7 +157,7 @@ def test_the_manifest_tells_what_all_runs_have_read(interrupted: Staging, recipe
 
     write(recipe, out, Interrupted.RESUME)
     manifest = read_manifest(out)
-    assert manifest.read.expert_bytes >= manifest.expert_bytes_planned
+    assert manifest.cost.expert_bytes_read >= manifest.cost.expert_bytes_planned
 
 
 def test_fresh_starts_anew(interrupted: Staging, recipe: Path, out: Path, expected: str) -> None:

@@ -4,6 +4,7 @@ They depend on the recipe and on the models' tensors, and on nothing else: not o
 of reads, the size of the cache, or the number of threads.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import Family, family
 from examples import METHODS, Families, FamilyKind
 from mounting import mounted_recipes, run_mergefs
 from recipes import recipe_document, write_document
@@ -22,7 +24,7 @@ import mergefs
 from mergefs.catalog import Catalog
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
-from mergefs.materialize.manifest import MANIFEST_NAME
+from mergefs.materialize.manifest import MANIFEST_NAME, manifest_hash
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
@@ -125,26 +127,62 @@ def test_mount_open_and_materialize_give_the_same_bytes(mounted: Mounted, tmp_pa
     assert ("lm_head.weight" in opened) is not example.kind.tied
 
 
-def test_the_commands_give_those_bytes_too(mounted: Mounted, tmp_path: Path) -> None:
-    """As long as the inputs are known by their files; once they are hashed, mergefs.json names their contents."""
-    example = next(e for e in EXAMPLES if e.method == "ties" and e.sharded_output)
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_the_commands_give_the_same_files_whatever_is_known_of_the_inputs(
+    families: Families, tmp_path: Path, method: str
+) -> None:
+    """Nothing has been hashed when the model is mounted and opened first; `mergefs materialize` hashes; both go on."""
+    recipe = write_document(tmp_path / "recipe.yml", recipe_document(METHODS[method], families(FamilyKind(shards=2))))
+    catalog = tmp_path / "catalog"
 
-    def materialized(out: str, *options: str) -> dict[str, bytes]:
-        result = run_mergefs(
-            *("materialize", "--max-shard-size", example.max_shard_size, *options),
-            mounted.recipe(example),
-            tmp_path / out,
-            state=tmp_path / "state",
-            extra={"MERGEFS_CATALOG": str(mounted.catalog)},
-        )
+    def opened() -> dict[str, bytes]:
+        with mergefs.open(recipe, catalog=catalog) as model:
+            return {name: model.read_file(name) for name in model.files.sizes}
+
+    def run(*arguments: str | Path) -> None:
+        result = run_mergefs(*arguments, state=tmp_path / "state", extra={"MERGEFS_CATALOG": str(catalog)})
         assert result.returncode == 0, result.stderr
-        return file_bytes(tmp_path / out)
 
-    assert materialized("by-files", "--no-verify-reads") == file_bytes(mounted.directory(example))
-    by_contents = materialized("by-contents")
-    assert not by_contents["mergefs.json"].decode().count("local-")
-    with mergefs.open(mounted.recipe(example), max_shard_size=example.max_shard_size, catalog=mounted.catalog) as model:
-        assert {name: model.read_file(name) for name in model.files.sizes} == by_contents
+    with mounted_recipes(
+        recipe, mountpoint=tmp_path / "mnt", state=tmp_path / "state", extra={"MERGEFS_CATALOG": str(catalog)}
+    ):
+        assert os.getxattr(tmp_path / "mnt", "user.mergefs.plan_id").startswith(b"local-")
+        found = [file_bytes(tmp_path / "mnt"), opened()]
+        run("materialize", recipe, tmp_path / "out")
+        found += [file_bytes(tmp_path / "out"), file_bytes(tmp_path / "mnt"), opened()]
+    run("analyze", recipe)
+    run("materialize", recipe, tmp_path / "again")
+    found += [file_bytes(tmp_path / "again"), opened()]
+    assert all(files == found[0] for files in found[1:])
+    assert b"local-" not in found[0]["mergefs.json"]
+    assert manifest_hash(tmp_path / "out") == manifest_hash(tmp_path / "again") is not None
+
+
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_another_machine_gives_the_same_files_and_the_same_manifest(tmp_path: Path, method: str) -> None:
+    """Another catalog, where the inputs were analysed; other places, inodes and times, and other shards."""
+    kept = []
+    for shards, analysed in ((1, False), (3, True)):
+        place = tmp_path / f"machine-{shards}"
+        models = family(place, experts=2, dtype=torch.bfloat16, tied=False, shards=shards)
+        relative = Family(Path(models.base.name), tuple(Path(expert.name) for expert in models.experts))
+        write_document(place / "recipe.yml", recipe_document(METHODS[method], relative))
+        for path in place.rglob("*.safetensors"):
+            os.utime(path, ns=(shards, shards * 10**9))
+        where: dict[str, Any] = {
+            "state": place / "state",
+            "cwd": place,
+            "extra": {"MERGEFS_CATALOG": str(place / "catalog")},
+        }
+        commands = [("analyze", "recipe.yml")] * analysed + [("materialize", "recipe.yml", "out")]
+        with mounted_recipes(Path("recipe.yml"), mountpoint=place / "mnt", **where):
+            for command in commands:
+                result = run_mergefs(*command, **where)
+                assert result.returncode == 0, result.stderr
+            assert file_bytes(place / "mnt") == file_bytes(place / "out")
+        kept.append((file_bytes(place / "out"), manifest_hash(place / "out")))
+    assert kept[0] == kept[1]
+    assert kept[0][1] is not None
 
 
 @pytest.mark.parametrize("name", METHODS)

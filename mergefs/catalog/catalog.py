@@ -256,7 +256,7 @@ class Catalog:
         return self._all("transactions", TransactionRecord)
 
     def begin_transaction(self, record: TransactionRecord) -> bool:
-        """Write at once that a transaction has begun, if its plan is there; return whether it is."""
+        """Write at once a transaction that has not named its plan before, if that is there; return whether it is."""
         key = record.transaction_id.encode()
         value = enclose("transactions", key, record)
         self._environment.write([("transactions", key, value)], given=("plans", record.plan_id.encode()))

@@ -130,7 +130,8 @@ class PlanRecord(msgspec.Struct, frozen=True, array_like=True):
 
     ``directories`` are those that relative paths of the recipe count from. ``options`` and ``outcome`` are the fields
     of ``PlanOptions`` and ``BudgetOutcome`` by name. ``made_by`` says what else the id follows from: the version of
-    mergefs, the package that the method is from, what identifies a merged tokenizer. Plans that were kept before these
+    mergefs, the format of ids, the package that the method is from, what identifies a merged tokenizer, and a hash of
+    what the inputs' files are (``files_identity``). Plans that were kept before these
     fields were have none of them, and cannot be made again.
     """
 

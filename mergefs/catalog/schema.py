@@ -179,7 +179,8 @@ SCHEMA: Final[Mapping[str, Table]] = {
         holds="plans: what is needed to make each again, and to say what it was",
         key="plan id",
         fields={
-            "plan_id": "32 hexadecimal digits, after `local-` while an input has no identity by content",
+            "plan_id": "32 hexadecimal digits, 16 for what is asked and 16 for what the inputs hold, after `local-` "
+            "while an input has no identity by content",
             "recipe": "text of the recipe",
             "origin": "file of the recipe",
             "method": "merge method",
@@ -194,7 +195,8 @@ SCHEMA: Final[Mapping[str, Table]] = {
             "others",
             "options": "options that it was made with, by name",
             "outcome": "what it costs and what it leaves out, by name; bytes, and errors relative to the merged delta",
-            "made_by": "version of mergefs; package of the method, and hash of the merged tokenizer, where there are",
+            "made_by": "version of mergefs, format of ids, hash of what the inputs' files are; package of the method "
+            "and hash of the merged tokenizer, where there are",
         },
         again="it is made again when its recipe is planned",
     ),

@@ -48,7 +48,7 @@ def _tree(node: "Lineage", before: str = "", below: str = "") -> "Iterator[str]"
         node.role,
         f"plan {node.plan_id}" if node.plan_id else "",
         node.method,
-        f"contents {node.identity}" if node.identity and node.identity != node.plan_id else "",
+        f"contents {node.identity}" if _tells_contents(node) else "",
     ]
     yield f"{before}{node.name}  ({', '.join(filter(None, facts))})"
     for run in node.runs:
@@ -57,6 +57,11 @@ def _tree(node: "Lineage", before: str = "", below: str = "") -> "Iterator[str]"
     for index, one in enumerate(node.inputs, start=1):
         last = index == len(node.inputs)
         yield from _tree(one, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
+
+
+def _tells_contents(node: "Lineage") -> bool:
+    """Return whether the identity of a node is that of its contents, and not told by its plan already."""
+    return bool(node.identity) and not node.identity.startswith("local-") and node.identity != node.plan_id
 
 
 def _time(run: "Run") -> str:

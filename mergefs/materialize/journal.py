@@ -22,7 +22,7 @@ _CHECK_BYTES: Final = 16
 class Work(msgspec.Struct, frozen=True, tag="work"):
     """What is being written: pieces of other work are of no use to it.
 
-    ``layout`` is a hash of all sizes and headers.
+    ``layout`` is a hash of all sizes and headers, ``files`` one of what the inputs' files are (``files_identity``).
     """
 
     transaction_id: str
@@ -30,6 +30,7 @@ class Work(msgspec.Struct, frozen=True, tag="work"):
     mergefs_version: str
     layout: str
     total_bytes: int
+    files: str = ""
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece"):

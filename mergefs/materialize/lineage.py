@@ -1,13 +1,17 @@
 """``mergefs log``: what a model, a plan or a run was made of, and of what that was made in turn.
 
-A directory tells it in ``mergefs.json``, wherever it was moved to. What an input's directory does not tell is looked
-for in the catalog by the contents of the input: they are what a run has written, or they are not.
+A directory tells it in ``mergefs.json``, wherever it was moved to, and what the inputs held in its manifest; a mounted
+one has no manifest, and the id of its plan as an attribute. What an input's directory does not tell is looked for in
+the catalog by the contents of the input: they are what a run has written, or they are not.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
+
+import msgspec
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import InputRecord, PlanRecord, TransactionRecord
@@ -15,11 +19,10 @@ from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.errors import CheckpointError, LineageError
 from mergefs.materialize.manifest import manifest_hash
 from mergefs.planner.ancestry import PROVENANCE_NAME, Ancestor, Ancestry, UnreadableProvenanceError, read_ancestry
+from mergefs.planner.plan_ids import PLAN_ID_ATTRIBUTE, asked, meant_by
 from mergefs.statistics.identity import checkpoint_identity, is_local
 
 _SHORTEST_PREFIX: Final = 4
-
-_Record = TypeVar("_Record", PlanRecord, TransactionRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,8 @@ def lineage(target: str, catalog: Catalog) -> Lineage:
     directory = Path(target)
     if directory.is_dir():
         return _of_directory(directory, catalog)
-    transactions = _matching(target, catalog.transactions(), lambda record: record.transaction_id)
-    plans = _matching(target, catalog.plans(), lambda record: record.plan_id)
+    transactions = _runs_meant(target, catalog)
+    plans = _plans_meant(target, catalog)
     if not transactions and not plans:
         raise LineageError(
             f"{target!r} is neither a directory nor the id of a plan or a run in {catalog.path}; list what there is "
@@ -90,14 +93,21 @@ def runs(catalog: Catalog) -> list[Run]:
     return [Run.of(record) for record in sorted(catalog.transactions(), key=lambda one: -one.changed_ns)]
 
 
-def _matching(prefix: str, records: Sequence[_Record], key: Callable[[_Record], str]) -> list[_Record]:
-    """Return the records whose id is ``prefix``, or begins with it where that is not too short."""
-    exact = [record for record in records if key(record) == prefix]
-    if exact or len(prefix) < _SHORTEST_PREFIX:
+def _runs_meant(beginning: str, catalog: Catalog) -> list[TransactionRecord]:
+    """Return the runs whose id is ``beginning``, or begins with it where that is not too short."""
+    records = catalog.transactions()
+    exact = [record for record in records if record.transaction_id == beginning]
+    if exact or len(beginning) < _SHORTEST_PREFIX:
         return exact
-    return [
-        record for record in records if key(record).removeprefix("local-").startswith(prefix.removeprefix("local-"))
-    ]
+    return [record for record in records if record.transaction_id.startswith(beginning)]
+
+
+def _plans_meant(beginning: str, catalog: Catalog) -> list[PlanRecord]:
+    """Return the plans that may be meant by the beginning of an id."""
+    records = {record.plan_id: record for record in catalog.plans()}
+    if len(beginning) < _SHORTEST_PREFIX:
+        return []
+    return [records[plan_id] for plan_id in meant_by(beginning, records)]
 
 
 def _of_directory(directory: Path, catalog: Catalog) -> Lineage:
@@ -111,7 +121,11 @@ def _of_directory(directory: Path, catalog: Catalog) -> Lineage:
     if ancestry is not None:
         manifest = manifest_hash(directory)
         written = [one for one in catalog.transactions() if manifest is not None and one.manifest == manifest]
-        return _of_ancestry(str(directory), ancestry, tuple(map(Run.of, written)), catalog)
+        known = {one.plan_id for one in written} or {_shown_plan(directory)} - {""}
+        plan_id = known.pop() if len(known) == 1 else ancestry.whole_id
+        ancestry = _with_identities(ancestry, catalog.plan(plan_id))
+        found = _of_ancestry(str(directory), ancestry, tuple(map(Run.of, written)), catalog)
+        return replace(found, plan_id=plan_id)
     try:
         checkpoint = open_checkpoint(directory)
     except CheckpointError as error:
@@ -125,6 +139,29 @@ def _of_directory(directory: Path, catalog: Catalog) -> Lineage:
     return found
 
 
+def _shown_plan(directory: Path) -> str:
+    """Return the id of the plan that a mounted directory shows; empty for one that is not mounted."""
+    try:
+        return os.getxattr(directory, PLAN_ID_ATTRIBUTE).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _with_identities(ancestry: Ancestry, plan: PlanRecord | None) -> Ancestry:
+    """Return an ancestry with the contents of inputs that it does not tell and the catalog's record of its plan does.
+
+    The references of both are the same where it is its plan.
+    """
+    if plan is None or [one.reference for one in ancestry.all_inputs] != [entry.reference for entry in plan.inputs]:
+        return ancestry
+    known = [
+        one if one.identity or is_local(entry.identity) else msgspec.structs.replace(one, identity=entry.identity)
+        for one, entry in zip(ancestry.all_inputs, plan.inputs, strict=True)
+    ]
+    count = len(ancestry.inputs)
+    return msgspec.structs.replace(ancestry, inputs=tuple(known[:count]), stand_in=next(iter(known[count:]), None))
+
+
 def _of_ancestry(
     name: str,
     ancestry: Ancestry,
@@ -133,8 +170,8 @@ def _of_ancestry(
     above: frozenset[str] = frozenset(),
 ) -> Lineage:
     """Return what a ``mergefs.json`` tells."""
-    inputs = tuple(_of_ancestor(one, catalog, above | {ancestry.plan_id}) for one in ancestry.inputs)
-    return Lineage(name, plan_id=ancestry.plan_id, method=ancestry.method, runs=written, inputs=inputs)
+    inputs = tuple(_of_ancestor(one, catalog, above | {asked(ancestry.plan_id)}) for one in ancestry.all_inputs)
+    return Lineage(name, plan_id=ancestry.whole_id, method=ancestry.method, runs=written, inputs=inputs)
 
 
 def _of_ancestor(one: Ancestor, catalog: Catalog, above: frozenset[str]) -> Lineage:
@@ -144,14 +181,15 @@ def _of_ancestor(one: Ancestor, catalog: Catalog, above: frozenset[str]) -> Line
         return replace(found, role=one.role, identity=one.identity)
     if one.inputs:
         inputs = tuple(_of_ancestor(inner, catalog, above) for inner in one.inputs)
-        return Lineage(one.reference, one.role, one.identity, plan_id=one.identity, inputs=inputs)
+        return Lineage(one.reference, one.role, one.identity, plan_id=one.identity or one.structure, inputs=inputs)
     return _of_contents(one.reference, one.role, one.identity, catalog, above)
 
 
 def _of_contents(name: str, role: str, identity: str, catalog: Catalog, above: frozenset[str] = frozenset()) -> Lineage:
     """Return what the catalog knows of a model with these contents: who has first written them.
 
-    ``above`` are the plans that it is an input of; a merge may leave its input as it was, and is no parent of it then.
+    ``above`` is what the plans ask for that it is an input of; a merge may leave its input as it was, and is no parent
+    of it then.
     """
     alone = Lineage(name, role, identity)
     if not identity or is_local(identity):
@@ -159,7 +197,7 @@ def _of_contents(name: str, role: str, identity: str, catalog: Catalog, above: f
     written = [
         one
         for one in catalog.transactions()
-        if one.content == identity and one.state == "committed" and one.plan_id not in above
+        if one.content == identity and one.state == "committed" and asked(one.plan_id) not in above
     ]
     if not written:
         return alone
@@ -175,17 +213,19 @@ def _of_plan_id(
     written = [record for record in catalog.transactions() if record.plan_id == plan_id]
     found = None
     for record in written:
-        try:
-            ancestry = read_ancestry(Path(record.destination))
-        except UnreadableProvenanceError:
+        destination = Path(record.destination)
+        if not record.manifest or manifest_hash(destination) != record.manifest:
             continue
-        if ancestry is not None and ancestry.plan_id == plan_id:
-            found = _of_ancestry(plan_id, ancestry, (), catalog, above)
+        with suppress(UnreadableProvenanceError):
+            ancestry = read_ancestry(destination)
+            if ancestry is not None:
+                found = _of_ancestry(plan_id, _with_identities(ancestry, plan), (), catalog, above)
     if found is None and plan is not None:
-        inputs = tuple(_of_input(entry, catalog, above | {plan_id}) for entry in plan.inputs)
-        found = Lineage(plan.origin, plan_id=plan_id, method=plan.method, inputs=inputs)
-    found = Lineage(plan_id, plan_id=plan_id) if found is None else found
-    return replace(found, name=found.name if plan is None else plan.origin, runs=tuple(map(Run.of, written)))
+        inputs = tuple(_of_input(entry, catalog, above | {asked(plan_id)}) for entry in plan.inputs)
+        found = Lineage(plan.origin, method=plan.method, inputs=inputs)
+    found = Lineage(plan_id) if found is None else found
+    name = found.name if plan is None else plan.origin
+    return replace(found, name=name, plan_id=plan_id, runs=tuple(map(Run.of, written)))
 
 
 def _of_input(entry: InputRecord, catalog: Catalog, above: frozenset[str]) -> Lineage:

@@ -4,14 +4,15 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import msgspec
-from blake3 import blake3
 
 from mergefs.errors import VerificationError
+from mergefs.planner.contents import FORMAT, MANIFEST_NAME, Contents, manifest_digest
+from mergefs.statistics.identity import plan_id as whole_plan_id
 
-MANIFEST_NAME: Final = "mergefs.manifest.json"
+__all__ = ["MANIFEST_NAME", "PIECE", "Cost", "FileEntry", "Manifest", "TensorEntry", "manifest_hash", "read_manifest"]
+
 PIECE: Final = 2**20
 """Bytes of a piece of a weight file, wherever tensors begin; the last one of a file may be shorter."""
-_FORMAT: Final = 2
 
 
 class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,29 +34,31 @@ class TensorEntry(msgspec.Struct, frozen=True):
     blake3: str
 
 
-class BytesRead(msgspec.Struct, frozen=True):
-    """What writing the model has read, in bytes, by all runs that it took."""
+class Cost(msgspec.Struct, frozen=True):
+    """Bytes that were planned to be read of experts, and what writing the model has read, by all runs that it took."""
 
-    expert_bytes: int
-    base_bytes: int
+    expert_bytes_planned: int
+    expert_bytes_read: int
+    base_bytes_read: int
 
 
 class Manifest(msgspec.Struct, frozen=True):
     """What ``mergefs.manifest.json`` holds.
 
-    ``manifest`` is the blake3 hash of all fields but itself and ``read``, which depends on what a cache has dropped and
-    on how often the work was interrupted; the others depend on the inputs, the recipe and the version alone.
-    ``content`` is the identity of the model, as a recipe's input.
+    ``manifest`` is the hash (``manifest_digest``) of all fields but itself and ``cost``, which depends on which blocks
+    were known to be equal, on what a cache has dropped, and on how often the work was interrupted; the others depend on
+    the inputs, the recipe and the version alone. ``plan_id`` is the half of the plan's id that says what is asked,
+    ``contents`` says what the inputs held, and ``content`` is the identity of the model, as a recipe's input.
     """
 
     format: int
     manifest: str
     plan_id: str
+    contents: Contents
     content: str
     mergefs_version: str
     piece_bytes: int
-    expert_bytes_planned: int
-    read: BytesRead
+    cost: Cost
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
 
@@ -63,26 +66,27 @@ class Manifest(msgspec.Struct, frozen=True):
     def create(
         cls,
         plan_id: str,
+        contents: Contents,
         content: str,
         version: str,
-        planned: int,
-        read: BytesRead,
+        cost: Cost,
         files: dict[str, FileEntry],
         tensors: dict[str, TensorEntry],
     ) -> "Manifest":
         """Return a manifest of the current format."""
         listed = dict(sorted(files.items())), dict(sorted(tensors.items()))
-        unsigned = cls(_FORMAT, "", plan_id, content, version, PIECE, planned, read, *listed)
-        return msgspec.structs.replace(unsigned, manifest=unsigned.digest())
-
-    def digest(self) -> str:
-        """Return what ``manifest`` must be."""
-        hashed = msgspec.structs.replace(self, manifest="", read=BytesRead(0, 0))
-        return blake3(msgspec.json.encode(hashed, order="deterministic")).hexdigest()
+        unsigned = cls(FORMAT, "", plan_id, contents, content, version, PIECE, cost, *listed)
+        return msgspec.structs.replace(unsigned, manifest=manifest_digest(msgspec.to_builtins(unsigned)))
 
     def encode(self) -> bytes:
         """Return the file's bytes."""
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @property
+    def whole_id(self) -> str:
+        """The plan's id, as far as it is known: with its second half where the contents of all inputs are."""
+        identities = [entry.identity for entry in self.contents.all_inputs]
+        return whole_plan_id(self.plan_id, identities) if all(identities) else self.plan_id
 
 
 class _Format(msgspec.Struct, frozen=True):
@@ -97,12 +101,13 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         data = path.read_bytes()
         found = msgspec.json.decode(data, type=_Format).format
-        if found != _FORMAT:
+        if found != FORMAT:
             raise VerificationError(
-                f"{path}: has format {found} and this mergefs knows format {_FORMAT}; "
-                + ("upgrade mergefs" if found > _FORMAT else "materialize the model again")
+                f"{path}: has format {found} and this mergefs knows format {FORMAT}; "
+                + ("upgrade mergefs" if found > FORMAT else "materialize the model again")
             )
-        manifest = msgspec.json.decode(data, type=Manifest)
+        everything = msgspec.json.decode(data)
+        manifest = msgspec.convert(everything, Manifest)
     except OSError as error:
         raise VerificationError(
             f"{path}: cannot be read ({error.strerror}); only models written by `mergefs materialize` can be verified"
@@ -117,9 +122,10 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: lists {outside!r}, which is outside of the directory, so it is not as mergefs wrote it; "
             "materialize the model again"
         )
-    if manifest.digest() != manifest.manifest:
+    digest = manifest_digest(everything)
+    if digest != manifest.manifest:
         raise VerificationError(
-            f"{path}: is damaged: its hash is {manifest.digest()[:16]}... and was {manifest.manifest[:16]}...; "
+            f"{path}: is damaged: its hash is {digest[:16]}... and was {manifest.manifest[:16]}...; "
             "materialize the model again"
         )
     return manifest

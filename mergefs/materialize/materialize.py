@@ -12,18 +12,29 @@ from typing import Final
 from blake3 import blake3
 
 from mergefs import __version__
+from mergefs.catalog.catalog import Catalog
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.readings import keep_reading
 from mergefs.engine.resources import Resources
 from mergefs.errors import MaterializeError, NonFiniteError, PlanError
 from mergefs.materialize.journal import Journal, Prepared, Read, Recorded, Work
-from mergefs.materialize.manifest import MANIFEST_NAME, BytesRead, Manifest, read_manifest
+from mergefs.materialize.manifest import MANIFEST_NAME, Cost, Manifest, read_manifest
 from mergefs.materialize.output import write_file
 from mergefs.materialize.staging import Staging, cannot_create, locked
 from mergefs.materialize.system import sync_directory
-from mergefs.materialize.transaction import Transaction, abandon, is_committed, refuse_unfinished, settle, unfinished
+from mergefs.materialize.transaction import (
+    Transaction,
+    abandon,
+    is_committed,
+    is_work_of,
+    refuse_unfinished,
+    settle,
+    unfinished,
+)
 from mergefs.materialize.verify import verify
 from mergefs.materialize.writer import ModelWriter, Written, write_models
+from mergefs.planner.identity import files_identity, identified, known_contents
+from mergefs.planner.keeping import keep_plan
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
@@ -86,16 +97,17 @@ def materialize(
         if journal is not None and interrupted is Interrupted.DISCARD:
             abandon(resources.catalog, stage, journal)
             journal = None
-        if journal is None and interrupted is Interrupted.RESUME and not overwrite and _holds(destination, plan):
+        resumed = interrupted is Interrupted.RESUME
+        if journal is None and resumed and not overwrite and _holds(destination, plan, resources.catalog):
             return _already_there(destination, plan, resources, started, progress)
         _check_contents(destination, overwrite)
-        if journal is not None and not (interrupted is Interrupted.RESUME and journal.work.plan_id == plan.plan_id):
-            raise refuse_unfinished(stage, journal, plan.plan_id)
+        if journal is not None and not (resumed and is_work_of(journal.work, plan)):
+            raise refuse_unfinished(stage, journal, plan)
         run = _Run(plan, files, resources, stage, progress or Silence(), journal)
         manifest, written = run.write()
     return Materialized(
         directory=destination,
-        plan_id=plan.plan_id,
+        plan_id=run.plan_id,
         manifest=manifest.manifest,
         files=len(written.files) + 1,
         bytes_written=sum(files.sizes.values()) + len(manifest.encode()),
@@ -133,7 +145,14 @@ class _Run:
         _check_space(stage.destination, self._total - (stage.allocated_bytes() if same else 0))
         resumed = None if self._recorded is None else self._recorded.work.transaction_id
         self._transaction = Transaction.begin(resources.catalog, stage, plan.plan_id, resumed)
-        self._work = Work(self._transaction.record.transaction_id, plan.plan_id, __version__, work, self._total)
+        files_now = files_identity(plan.all_inputs)
+        its_id = self._transaction.record.transaction_id
+        self._work = Work(its_id, plan.plan_id, __version__, work, self._total, files_now)
+
+    @property
+    def plan_id(self) -> str:
+        """The plan that is written, as far as its inputs are known by now."""
+        return self._transaction.record.plan_id
 
     def write(self) -> tuple[Manifest, Written]:
         """Write and commit the model. After an error the work is kept where another run can go on with it."""
@@ -185,17 +204,20 @@ class _Run:
         content = content_identity(
             [(name, entry.dtype, entry.shape, written.contents[name]) for name, entry in written.tensors.items()]
         )
-        planned = self._plan.outcome.expert_bytes_planned
-        read = self._read_by_all_runs()
+        catalog = self._resources.catalog
+        contents = known_contents(self._plan, catalog)
         manifest = Manifest.create(
-            self._plan.plan_id, content, __version__, planned, read, written.files, written.tensors
+            self._plan.asked, contents, content, __version__, self._cost(), written.files, written.tensors
         )
         write_file(self._stage.model / MANIFEST_NAME, manifest.encode())
         try:
             journal.append([Prepared(manifest.manifest)])
         except OSError as error:
             raise cannot_create(self._stage.journal, error) from error
-        self._transaction = self._transaction.moved_to("prepared", manifest.manifest, content)
+        plan = identified(self._plan, catalog)
+        if plan.plan_id != self.plan_id:  # what the inputs hold has become known since
+            keep_plan(plan, catalog)
+        self._transaction = self._transaction.prepared(plan.plan_id, manifest.manifest, content)
         return manifest, written
 
     def _spent(self) -> Read:
@@ -208,10 +230,11 @@ class _Run:
             now.base_bytes_read - self._before.base_bytes_read,
         )
 
-    def _read_by_all_runs(self) -> BytesRead:
-        """Return what all runs have read until they last wrote it down."""
+    def _cost(self) -> Cost:
+        """Return what was planned, and what all runs have read until they last wrote it down."""
         runs = [self._spent(), *(() if self._recorded is None else self._recorded.read.values())]
-        return BytesRead(sum(run.expert_bytes for run in runs), sum(run.base_bytes for run in runs))
+        planned = self._plan.outcome.expert_bytes_planned
+        return Cost(planned, sum(run.expert_bytes for run in runs), sum(run.base_bytes for run in runs))
 
 
 def _layout(plan: MergePlan) -> str:
@@ -223,9 +246,14 @@ def _layout(plan: MergePlan) -> str:
     return hasher.hexdigest()
 
 
-def _holds(destination: Path, plan: MergePlan) -> bool:
-    """Return whether the destination is a model of this plan."""
-    return (destination / MANIFEST_NAME).is_file() and read_manifest(destination).plan_id == plan.plan_id
+def _holds(destination: Path, plan: MergePlan, catalog: Catalog) -> bool:
+    """Return whether the destination is a model of this plan: as its manifest says, or else the catalog."""
+    if not (destination / MANIFEST_NAME).is_file():
+        return False
+    manifest = read_manifest(destination)
+    return manifest.whole_id == identified(plan, catalog).plan_id or any(
+        (record.plan_id, record.manifest) == (plan.plan_id, manifest.manifest) for record in catalog.transactions()
+    )
 
 
 def _already_there(

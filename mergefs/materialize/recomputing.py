@@ -17,7 +17,7 @@ from mergefs.materialize.manifest import PIECE, read_manifest
 from mergefs.materialize.pieces import ahead
 from mergefs.materialize.system import read_all
 from mergefs.materialize.verify import Damage, Verified, verify
-from mergefs.planner.ancestry import PROVENANCE_NAME
+from mergefs.planner.ancestry import FORMAT, PROVENANCE_NAME
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.model import parse_recipe
@@ -34,9 +34,9 @@ class _StandIn(msgspec.Struct, frozen=True):
 
 
 class _Provenance(msgspec.Struct, frozen=True):
-    """The part of ``mergefs.json`` that a plan can be made from again."""
+    """The part of ``mergefs.json`` that a plan can be made from again, in every format."""
 
-    plan_id: str
+    format: int
     recipe: str
     budget: _Budget
     stand_in: _StandIn | None
@@ -192,6 +192,11 @@ def _read_provenance(directory: Path) -> _Provenance:
     """Return what ``mergefs.json`` says."""
     path = directory / PROVENANCE_NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Provenance)
+        found = msgspec.json.decode(path.read_bytes(), type=_Provenance)
     except (OSError, msgspec.DecodeError) as error:
         raise VerificationError(f"{path}: cannot be read ({error}); materialize the model again") from error
+    if found.format > FORMAT:
+        raise VerificationError(
+            f"{path}: has format {found.format} and this mergefs knows formats up to {FORMAT}; upgrade mergefs"
+        )
+    return found

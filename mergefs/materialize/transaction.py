@@ -16,9 +16,12 @@ import msgspec
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import TransactionRecord
 from mergefs.errors import MaterializeError
-from mergefs.materialize.journal import Recorded, read_journal
+from mergefs.materialize.journal import Recorded, Work, read_journal
 from mergefs.materialize.manifest import PIECE, manifest_hash
 from mergefs.materialize.staging import Staging, cannot_create
+from mergefs.planner.identity import files_identity
+from mergefs.planner.plan import MergePlan
+from mergefs.planner.plan_ids import asked
 from mergefs.units import format_size
 
 State = Literal["begun", "prepared", "committed", "aborted"]
@@ -55,11 +58,23 @@ class Transaction:
             )
         return cls(catalog, record)
 
-    def moved_to(self, state: State, manifest: str = "", content: str = "") -> "Transaction":
+    def moved_to(self, state: State) -> "Transaction":
         """Write down that it has come to ``state``, and return it."""
-        record = _changed(self.record, state)
-        if manifest:
-            record = msgspec.structs.replace(record, manifest=manifest, content=content)
+        return self._with(_changed(self.record, state))
+
+    def prepared(self, plan_id: str, manifest: str, content: str) -> "Transaction":
+        """Write down that all is on disk, with these hashes, and return it.
+
+        ``plan_id`` is that of the plan as far as its inputs are known by now; the one that the work has begun with
+        stays where the catalog does not have that.
+        """
+        record = msgspec.structs.replace(_changed(self.record, "prepared"), manifest=manifest, content=content)
+        better = msgspec.structs.replace(record, plan_id=plan_id)
+        if plan_id != record.plan_id and self.catalog.begin_transaction(better):
+            return replace(self, record=better)
+        return self._with(record)
+
+    def _with(self, record: TransactionRecord) -> "Transaction":
         self.catalog.keep_transaction(record)
         return replace(self, record=record)
 
@@ -120,9 +135,15 @@ def describe(journal: Recorded) -> str:
     return f"{format_size(done)} of {format_size(journal.work.total_bytes)}"
 
 
-def refuse_unfinished(stage: Staging, journal: Recorded, plan_id: str) -> MaterializeError:
+def is_work_of(work: Work, plan: MergePlan) -> bool:
+    """Return whether work is that of a plan: the same contents, or the same files, are merged in the same way."""
+    same_files = work.files == files_identity(plan.all_inputs)
+    return work.plan_id == plan.plan_id or (asked(work.plan_id) == plan.asked and same_files)
+
+
+def refuse_unfinished(stage: Staging, journal: Recorded, plan: MergePlan) -> MaterializeError:
     """Return the error for work that is in the way: whose it is, and both ways out."""
-    whose = "" if journal.work.plan_id == plan_id else f" of another plan, {journal.work.plan_id},"
+    whose = "" if is_work_of(journal.work, plan) else f" of another plan, {journal.work.plan_id},"
     go_on = "go on with --resume, or " if not whose else ""
     return MaterializeError(
         f"{stage.destination}: an interrupted run{whose} has left {describe(journal)} in {stage.path}; "

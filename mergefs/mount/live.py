@@ -10,10 +10,11 @@ from typing import Final
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import Resources
 from mergefs.mount.handles import Handles
-from mergefs.mount.models import PLAN_ID_ATTRIBUTE, sources_of, status_of
+from mergefs.mount.models import sources_of, status_of
 from mergefs.mount.shelf import PlanRecipe, Shelf
 from mergefs.mount.shown import ModelDirectory, ShownDirectory, inode_of
 from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
+from mergefs.planner.plan_ids import PLAN_ID_ATTRIBUTE
 
 PLANS: Final = ".plans"
 """The directory, which no listing shows, of the directories that names of recipes are links to."""

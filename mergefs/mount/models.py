@@ -5,15 +5,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import Resources
 from mergefs.mount.handles import Handles
 from mergefs.mount.shown import ModelDirectory
 from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
-
-PLAN_ID_ATTRIBUTE: Final = "user.mergefs.plan_id"
+from mergefs.planner.plan_ids import PLAN_ID_ATTRIBUTE
 
 
 class ModelTree:

@@ -3,8 +3,6 @@
 import json
 from types import MappingProxyType
 
-from blake3 import blake3
-
 from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.adapter import Adapter
 from mergefs.checkpoint.adapter_fit import Fit, fit_adapter
@@ -13,9 +11,7 @@ from mergefs.errors import CheckpointError
 from mergefs.planner.plan import InputModel
 from mergefs.sources.adapted import adapted_tensors
 from mergefs.sources.place import Place, Role
-from mergefs.statistics.identity import checkpoint_identity
-
-_LOCAL = "local-"
+from mergefs.statistics.identity import checkpoint_identity, composed_identity, digest, structure_identity
 
 
 def with_adapter(model: InputModel, adapter: Adapter, role: Role, catalog: Catalog) -> InputModel:
@@ -39,28 +35,30 @@ def with_adapter(model: InputModel, adapter: Adapter, role: Role, catalog: Catal
         config = MappingProxyType({**config, "tie_word_embeddings": False})
         content = (json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n").encode()
         files = MappingProxyType({**files, "config.json": content})
+    structure = _structure(model, adapter, tensors, fit)
     return InputModel(
         title=f"{model.title}+{adapter.path}",
         tensors=MappingProxyType(tensors),
         config=config,
         files=files,
         sources=(*model.sources, adapter),
-        identity=_identity(model, checkpoint_identity(adapter, catalog), tensors, fit),
+        identity=composed_identity(structure, (model.identity, checkpoint_identity(adapter, catalog))),
+        structure=structure,
+        adapted=model,
         merged=model.merged,
         made_by=model.made_by,
     )
 
 
-def _identity(model: InputModel, adapter: str, tensors: dict[str, Place], fit: Fit) -> str:
-    """Return the identity of the result: that of the model and of the adapter, and how the one changes the other."""
-    digest = blake3()
-    for text in (model.identity, adapter, *sorted(fit.changes), *(fit.untied or ())):
-        digest.update(text.encode() + b"\0")
+def _structure(model: InputModel, adapter: Adapter, tensors: dict[str, Place], fit: Fit) -> str:
+    """Return the structure of the result: that of the model and of the adapter, and how the one changes the other."""
+    found: list[bytes | str | int] = ["adapted", model.structure, structure_identity(adapter)]
+    for texts in (sorted(fit.changes), fit.untied or ()):
+        found += [len(texts), *texts]
     for name in sorted(fit.changes):
-        for formula in _formulas(tensors[name]):
-            digest.update(formula + b"\0")
-    local = model.identity.startswith(_LOCAL) or adapter.startswith(_LOCAL)
-    return (_LOCAL if local else "") + digest.hexdigest(length=24)
+        formulas = _formulas(tensors[name])
+        found += [len(formulas), *formulas]
+    return digest(*found).hex()
 
 
 def _formulas(place: Place) -> list[bytes]:

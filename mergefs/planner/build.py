@@ -14,7 +14,7 @@ from mergefs.planner.analysis import analyze_family, gather_statistics
 from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
-from mergefs.planner.identity import plan_identity
+from mergefs.planner.identity import asked_identity
 from mergefs.planner.keeping import keep_plan
 from mergefs.planner.layout import lay_out
 from mergefs.planner.levels import Selection
@@ -34,7 +34,7 @@ from mergefs.recipe.parameters import filter_notes, gradient_notes
 from mergefs.recipe.references import ModelReference
 from mergefs.sources.place import Role
 from mergefs.statistics.contents import identify
-from mergefs.statistics.identity import checkpoint_identity, is_local
+from mergefs.statistics.identity import checkpoint_identity, is_local, plan_id
 from mergefs.tokenizer.files import is_tokenizer_file
 
 __all__ = ["Draft", "Drafter", "PlanOptions", "Planning", "analyze_draft", "draft_plan", "make_plan"]
@@ -60,10 +60,14 @@ class Draft:
     notes: tuple[str, ...]
 
     @property
+    def all_inputs(self) -> tuple[PlanInput, ...]:
+        """The inputs of the recipe, and the stand-in for what is not bought where it is not one of them."""
+        return self.inputs if self.stand_in is None else (*self.inputs, self.stand_in)
+
+    @property
     def sources(self) -> tuple[WeightSource, ...]:
         """Every directory that takes part, each once."""
-        entries = [*self.inputs, *([self.stand_in] if self.stand_in else [])]
-        return tuple({id(source): source for entry in entries for source in entry.model.sources}.values())
+        return tuple({id(source): source for entry in self.all_inputs for source in entry.model.sources}.values())
 
 
 def make_plan(
@@ -87,7 +91,7 @@ def make_plan(
     if identified and planning.limit(options.budget) is None:
         planning.identify()
     plan = planning.within(options.budget)
-    keep_plan(plan, planning.draft.tokenizer, workspace.catalog)
+    keep_plan(plan, workspace.catalog)
     return plan
 
 
@@ -273,7 +277,7 @@ def _assemble(
     draft: Draft, options: PlanOptions, budget_bytes: int | None, prediction: Prediction, catalog: Catalog
 ) -> MergePlan:
     """Lay out the files and name the plan."""
-    plan_id = plan_identity(
+    asked = asked_identity(
         draft.recipe,
         draft.inputs,
         draft.stand_in,
@@ -283,9 +287,10 @@ def _assemble(
         method_origin(draft.recipe.method),
         draft.tokenizer,
     )
-    known = catalog.plan(plan_id)
+    its_id = plan_id(asked, [entry.identity for entry in draft.all_inputs])
+    known = catalog.plan(its_id)
     return MergePlan(
-        plan_id=plan_id,
+        plan_id=its_id,
         recipe=draft.recipe,
         method=get_method(draft.recipe.method),
         inputs=draft.inputs,
@@ -293,6 +298,7 @@ def _assemble(
         donor=draft.donor,
         config=draft.config,
         companions=_companions(draft, options),
+        tokenizer=draft.tokenizer,
         tensors={tensor.name: tensor for tensor in draft.tensors},
         files=lay_out(draft.tensors, options.max_shard_size),
         outcome=_outcome(draft.tensors, budget_bytes, prediction),

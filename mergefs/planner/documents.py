@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mergefs.methods.contract import Method
-from mergefs.planner.ancestry import as_json
+from mergefs.planner.ancestry import FORMAT, as_json
 from mergefs.planner.configuration import encode_config
 from mergefs.planner.layout import index_json
-from mergefs.planner.plan import MergePlan
+from mergefs.planner.plan import MergePlan, PlanInput
 from mergefs.units import format_size
 
 
@@ -27,34 +27,38 @@ def documents(plan: MergePlan) -> dict[str, bytes]:
 
 
 def _provenance(plan: MergePlan) -> bytes:
-    """Return mergefs.json: what the model is made of. Nothing in it depends on the machine or on the time."""
+    """Return mergefs.json: what the model is made of.
+
+    Nothing in it depends on the machine, on the time, or on what the catalog knows of the inputs.
+    """
+    outcome = plan.outcome
+    # Without a budget what is read depends on which blocks are known to be equal.
+    planned = {} if outcome.budget_bytes is None else {"expert_bytes_planned": outcome.expert_bytes_planned}
     content: Mapping[str, Any] = {
-        "format": 1,
-        "plan_id": plan.plan_id,
+        "format": FORMAT,
+        "plan_id": plan.asked,
         "method": plan.method.specification.name,
         "recipe": plan.recipe.text,
-        "inputs": _inputs(plan),
-        "stand_in": None
-        if plan.stand_in is None
-        else {"reference": plan.stand_in.reference, "identity": plan.stand_in.identity},
+        "inputs": [_input(entry) for entry in plan.inputs],
+        "stand_in": None if plan.stand_in is None else _input(plan.stand_in),
         "budget": {
-            "budget_bytes": plan.outcome.budget_bytes,
-            "expert_bytes_total": plan.outcome.expert_bytes_total,
-            "expert_bytes_planned": plan.outcome.expert_bytes_planned,
+            "budget_bytes": outcome.budget_bytes,
+            "expert_bytes_total": outcome.expert_bytes_total,
+            **planned,
         },
         **plan.options.recorded(),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _inputs(plan: MergePlan) -> list[dict[str, Any]]:
-    """Return the inputs of a plan, each with its own where it is the result of a merge, of this recipe or another."""
-    return [
-        {"reference": entry.reference, "role": entry.role.value, "identity": entry.identity}
-        | ({} if entry.model.merged is None else {"inputs": _inputs(entry.model.merged)})
-        | ({} if entry.model.made_by is None else {"made_by": as_json(entry.model.made_by)})
-        for entry in plan.inputs
-    ]
+def _input(entry: PlanInput) -> dict[str, Any]:
+    """Return an input, with its own where it is the result of a merge, of this recipe or another."""
+    model = entry.model
+    return (
+        {"reference": entry.reference, "role": entry.role.value, "structure": model.structure}
+        | ({} if model.merged is None else {"inputs": [_input(inner) for inner in model.merged.inputs]})
+        | ({} if model.made_by is None else {"made_by": as_json(model.made_by)})
+    )
 
 
 def _model_references(plan: MergePlan) -> list[str]:

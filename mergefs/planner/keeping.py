@@ -10,20 +10,21 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord, SelectionRecord
 from mergefs.methods.registry import method_origin
 from mergefs.planner.analysis import record_checkpoints
+from mergefs.planner.identity import IDS, files_identity
 from mergefs.planner.levels import Selection
 from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.sources.blocks import BlockGrid
 
 
-def keep_plan(plan: MergePlan, tokenizer: str | None, catalog: Catalog) -> None:
-    """Write the plan to the catalog, unless it is there; ``tokenizer`` identifies the one that it merges."""
+def keep_plan(plan: MergePlan, catalog: Catalog) -> None:
+    """Write the plan to the catalog, unless it is there."""
     record_checkpoints(plan.sources, catalog)
-    record = _record(plan, tokenizer)
+    record = _record(plan)
     if catalog.plan(plan.plan_id) != record:
         catalog.keep_plan(record, (_entry(tensor) for tensor in plan.tensors.values()))
 
 
-def _record(plan: MergePlan, tokenizer: str | None) -> PlanRecord:
+def _record(plan: MergePlan) -> PlanRecord:
     """Return what is kept of the plan as a whole."""
     origin = method_origin(plan.recipe.method)
     return PlanRecord(
@@ -50,7 +51,13 @@ def _record(plan: MergePlan, tokenizer: str | None) -> PlanRecord:
         directories=tuple(map(str, plan.recipe.directories)),
         options=msgspec.to_builtins(plan.options),
         outcome=msgspec.to_builtins(plan.outcome),
-        made_by={"mergefs": __version__, "method": str(origin or ""), "tokenizer": tokenizer or ""},
+        made_by={
+            "mergefs": __version__,
+            "ids": IDS,
+            "method": str(origin or ""),
+            "tokenizer": plan.tokenizer or "",
+            "files": files_identity(plan.all_inputs),
+        },
     )
 
 

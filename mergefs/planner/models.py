@@ -22,7 +22,7 @@ from mergefs.recipe.model import find_model
 from mergefs.recipe.references import ModelReference, locate
 from mergefs.recipe.wording import quote
 from mergefs.sources.place import Role, StoredTensor
-from mergefs.statistics.identity import checkpoint_identity
+from mergefs.statistics.identity import checkpoint_identity, structure_identity
 
 _OF_THE_MERGE_ALONE: Final = ("README.md", "mergefs.json", "mergekit_config.yml", "model.safetensors.index.json")
 
@@ -85,6 +85,7 @@ class ModelOpener:
             files=MappingProxyType({file.name: file for file in checkpoint.auxiliary}),
             sources=(checkpoint,),
             identity=checkpoint_identity(checkpoint, self._workspace.catalog),
+            structure=structure_identity(checkpoint),
             made_by=self._ancestry(checkpoint.path),
         )
 
@@ -166,6 +167,7 @@ class ModelOpener:
             files=MappingProxyType({**plan.companions, **generated}),
             sources=plan.sources,
             identity=plan.plan_id,
+            structure=plan.asked,
             merged=plan,
         )
 

@@ -12,6 +12,7 @@ from mergefs.methods.contract import Method, TensorContext
 from mergefs.planner.ancestry import Ancestry
 from mergefs.planner.levels import WHOLE, Coded, Selection
 from mergefs.planner.options import PlanOptions
+from mergefs.planner.plan_ids import asked
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place, Role
@@ -27,8 +28,10 @@ class InputModel:
 
     ``title`` names it in messages. ``tensors`` are sorted by name. ``files`` is what its directory has beside the
     weights, by name: files, or the bytes of generated ones. ``sources`` are the directories that its bytes come from.
-    ``identity`` is that of its contents once they are known, else a local one. ``merged`` is the plan of a model that
-    is itself the result of a merge, of the same recipe file; ``made_by`` is the merge that has written its directory.
+    ``identity`` is that of its contents once they are known, else a local one; ``structure`` is a hash of what headers
+    and recipes tell of it, the same on every machine. ``adapted`` is the model that the adapter in the last of the
+    ``sources`` is applied to, ``merged`` the plan of a model that is itself the result of a merge, of the same recipe
+    file; ``made_by`` is the merge that has written its directory.
     """
 
     title: str
@@ -37,6 +40,8 @@ class InputModel:
     files: Mapping[str, FileContent]
     sources: tuple[WeightSource, ...]
     identity: str
+    structure: str
+    adapted: "InputModel | None" = None
     merged: "MergePlan | None" = None
     made_by: Ancestry | None = None
 
@@ -190,7 +195,8 @@ class MergePlan:
     """The whole merged model as a plan.
 
     ``config`` is the content of its config.json, None where the donor's file stays as it is. ``companions`` are the
-    files beside the weights that come from models, tokenizer included, by name.
+    files beside the weights that come from models, tokenizer included, by name; ``tokenizer`` identifies what the
+    recipe changes in them.
     """
 
     plan_id: str
@@ -201,12 +207,18 @@ class MergePlan:
     donor: InputModel
     config: Mapping[str, Any] | None
     companions: Mapping[str, FileContent]
+    tokenizer: str | None
     tensors: Mapping[str, TensorPlan]
     files: tuple[OutputFile, ...]
     outcome: BudgetOutcome
     options: PlanOptions
     notes: tuple[str, ...]
     created_ns: int
+
+    @property
+    def asked(self) -> str:
+        """The half of the id that is the same on every machine, whatever is known of the inputs."""
+        return asked(self.plan_id)
 
     @property
     def all_inputs(self) -> tuple[PlanInput, ...]:

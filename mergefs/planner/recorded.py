@@ -12,10 +12,12 @@ from mergefs.errors import CatalogError, PlanError
 from mergefs.methods.registry import method_origin
 from mergefs.planes.coded import known_planes
 from mergefs.planner.build import Draft, Planning
+from mergefs.planner.identity import IDS, files_identity
 from mergefs.planner.keeping import keep_plan, recorded_selection
 from mergefs.planner.levels import EQUAL, NOTHING, Coded
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, MergePlan, TensorPlan
+from mergefs.planner.plan_ids import asked
 from mergefs.planner.selection import copied_from_the_base
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress
@@ -55,12 +57,12 @@ def recorded_plan(record: PlanRecord, workspace: Workspace, progress: Progress, 
     tensors = _selected(record, planning.draft, workspace)
     outcome = msgspec.convert(record.outcome, BudgetOutcome)
     plan = replace(planning.plan_of(tensors, options, record.budget_bytes), outcome=outcome)
-    if plan.plan_id != record.plan_id and not _only_better_known(record, planning.draft):
+    if plan.plan_id != record.plan_id and not _only_better_known(record, plan):
         raise PlanError(f"plan {record.plan_id} cannot be made again: {_difference(record, planning.draft)}")
     if plan.plan_id != record.plan_id:
         note = f"plan {record.plan_id} is plan {plan.plan_id} now that the contents of its inputs are known"
         plan = replace(plan, notes=(*plan.notes, note))
-    keep_plan(plan, planning.draft.tokenizer, workspace.catalog)
+    keep_plan(plan, workspace.catalog)
     return plan
 
 
@@ -108,8 +110,7 @@ def _planes(tensor: TensorPlan, record: PlanRecord, workspace: Workspace) -> tup
 
 def _pairs(record: PlanRecord, draft: Draft) -> Iterator[tuple[str, str, str, str]]:
     """Yield of every input its reference, where it lies now, its identity in the record, and its identity now."""
-    entries = [*draft.inputs, *([draft.stand_in] if draft.stand_in is not None else [])]
-    for known, entry in zip(record.inputs, entries, strict=False):
+    for known, entry in zip(record.inputs, draft.all_inputs, strict=False):
         yield known.reference, entry.model.title, known.identity, entry.identity
 
 
@@ -119,21 +120,10 @@ def _lost_its_content(record: PlanRecord, draft: Draft) -> Iterator[bool]:
         yield is_local(now) and not is_local(known)
 
 
-def _only_better_known(record: PlanRecord, draft: Draft) -> bool:
-    """Return whether inputs that were known by their files alone are the same files, and known by their contents."""
-    if not is_local(record.plan_id) or _made_differently(record, draft):
-        return False
-    entries = [*draft.inputs, *([draft.stand_in] if draft.stand_in is not None else [])]
-    pairs = list(zip(record.inputs, entries, strict=False))
-    return len(pairs) == len(record.inputs) and all(
-        entry.identity == known.identity
-        or (
-            is_local(known.identity)
-            and entry.model.merged is None
-            and entry.model.sources[0].local_identity == known.local_identity
-        )
-        for known, entry in pairs
-    )
+def _only_better_known(record: PlanRecord, plan: MergePlan) -> bool:
+    """Return whether a plan that knew inputs by their files alone is this one, which knows the same files' contents."""
+    same_files = record.made_by.get("files") == files_identity(plan.all_inputs)
+    return is_local(record.plan_id) and asked(record.plan_id) == plan.asked and same_files
 
 
 def _made_differently(record: PlanRecord, draft: Draft) -> str | None:
@@ -150,6 +140,8 @@ def _made_differently(record: PlanRecord, draft: Draft) -> str | None:
 def _difference(record: PlanRecord, draft: Draft) -> str:
     """Return what has changed since the plan was made, and what to do."""
     remedy = f"restore it, or plan {record.origin} anew"
+    if record.made_by.get("ids") != IDS:
+        return f"it was kept by a version of mergefs that named plans otherwise; plan {record.origin} anew"
     for reference, title, known, now in _pairs(record, draft):
         if known != now:
             identities = f"its identity is {now[:18]}... and was {known[:18]}..."

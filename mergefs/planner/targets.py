@@ -9,7 +9,7 @@ from mergefs.errors import PlanError, UsageError
 from mergefs.planner.build import make_plan
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import MergePlan
-from mergefs.planner.plan_ids import names_plan, reads_as_id
+from mergefs.planner.plan_ids import meant_by, names_plan, reads_as_id
 from mergefs.planner.recorded import recorded_plan, recorded_recipe
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress, Silence
@@ -78,17 +78,21 @@ def _refuse_options(record: PlanRecord, options: PlanOptions) -> None:
 
 
 def find_record(prefix: str, catalog: Catalog) -> PlanRecord:
-    """Return the kept plan whose id is ``prefix``, or the only one whose id begins with it. Raises PlanError."""
+    """Return the kept plan whose id is ``prefix``, or the only one that is meant by it (``meant_by``).
+
+    Raises PlanError.
+    """
     found = catalog.plan(prefix)
     if found is not None:
         return found
-    records = [record for record in catalog.plans() if record.plan_id.startswith(prefix)]
-    if len(records) == 1:
-        return records[0]
-    if not records:
+    records = {record.plan_id: record for record in catalog.plans()}
+    meant = meant_by(prefix, records)
+    if len(meant) == 1:
+        return records[meant[0]]
+    if not meant:
         raise PlanError(
             f"{prefix}: there is no file of that name, and no plan in {catalog.path} whose id begins so; "
             "`mergefs catalog ls` lists the plans"
         )
-    listed = ", ".join(record.plan_id for record in records[:5]) + (", ..." if len(records) > 5 else "")
-    raise PlanError(f"{prefix}: {len(records)} plans have ids that begin so ({listed}); give more digits")
+    listed = ", ".join(meant[:5]) + (", ..." if len(meant) > 5 else "")
+    raise PlanError(f"{prefix}: {len(meant)} plans have ids that begin so ({listed}); give more digits")

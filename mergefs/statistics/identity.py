@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Final
 
 from blake3 import blake3
 
@@ -12,6 +13,7 @@ from mergefs.checkpoint.source import Shard
 from mergefs.sources.place import Place, StoredTensor
 
 KEY_BYTES = 24
+_LOCAL: Final = "local-"
 
 
 def digest(*parts: bytes | str | int) -> bytes:
@@ -101,9 +103,38 @@ def content_identity(tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]])
     return digest(*parts).hex()
 
 
+def structure_identity(source: WeightSource) -> str:
+    """Return what the headers of a directory tell: a hash of name, dtype and shape of every tensor.
+
+    It is the same on every machine, and does not depend on shards, paths, file times, or on what the tensors hold.
+    """
+    parts: list[bytes | str | int] = ["structure"]
+    for name, tensor in sorted(source.tensors.items()):
+        parts += [name, tensor.dtype.name, ",".join(map(str, tensor.shape))]
+    return digest(*parts).hex()
+
+
+def composed_identity(structure: str, parts: Sequence[str]) -> str:
+    """Return the identity of what is computed, as ``structure`` says, from parts with these identities."""
+    return _marked(digest(structure, *parts).hex(), parts)
+
+
+def plan_id(asked: str, identities: Sequence[str]) -> str:
+    """Return the id of a plan: what is asked (16 digits), and a hash of what its inputs hold (16 digits).
+
+    It starts with ``local-`` while one of the ``identities`` of the inputs does.
+    """
+    return _marked(asked + digest("inputs", *identities)[: len(asked) // 2].hex(), identities)
+
+
+def _marked(identity: str, parts: Sequence[str]) -> str:
+    """Return an identity that is local where one of those that it is made of is."""
+    return (_LOCAL if any(map(is_local, parts)) else "") + identity
+
+
 def is_local(identity: str) -> bool:
     """Return whether an identity, or the id of a plan, holds on this machine only."""
-    return identity.startswith("local-")
+    return identity.startswith(_LOCAL)
 
 
 def checkpoint_identity(checkpoint: WeightSource, catalog: Catalog) -> str:
