@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.fused import FUSED_DTYPES
-from mergefs.kernels.norms import PartialNorm, row_norms
-from mergefs.kernels.precision import Array, Precision, load
-from mergefs.kernels.sums import PartialSums
+from mergefs.kernels.norms import AddSquares, PartialNorm, row_norms
+from mergefs.kernels.precision import Array, Precision, Raw, load
+from mergefs.kernels.sums import AddToLanes, AddTurns, LaneSums, PartialSums
 from mergefs.methods.contract import (
+    LONGEST_ROW,
     Answer,
     Block,
     ColumnSums,
@@ -40,6 +41,9 @@ AboutQuantity: TypeAlias = (
     ElementSum | ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums | ElementThreshold | ElementQuantile
 )
 
+_TILE: Final = 32 * 1024
+"""Elements whose terms are computed at once: all arrays of them then stay in the second-level cache."""
+
 _Streamed: TypeAlias = ElementSum | ElementSums | SingleSums | ElementNorms | RowValues | ColumnSums
 
 
@@ -56,46 +60,77 @@ class TensorStream:
         """The number of elements."""
         return self.places[0].elements
 
-    def terms(self, quantities: Sequence[Quantity]) -> Iterator[tuple[int, list[Array]]]:
-        """Yield for each block its first flat index and the terms of each quantity; each input is read once."""
-        precision = Precision(self.compute)
+    def terms(self, quantities: Sequence[Quantity]) -> Iterator["_Tile"]:
+        """Yield the terms of each quantity for tile after tile; each input is read once."""
+        precision = _precision(self.compute)
         models = sorted({model for quantity in quantities for model in quantity.models})
-        for start, stop in BlockGrid.of(self.places[models[0]].shape):
-            values = {model: self._load(model, start, stop) for model in models}
-            with np.errstate(all="ignore"):
-                yield (
-                    start,
-                    [
-                        self._way(quantity)(Block(tuple(values[model] for model in quantity.models), start), precision)
+        shape = self.places[models[0]].shape
+        for start, stop in BlockGrid.of(shape):
+            raws = {model: self.places[model].read(self.reader, start, stop, Purpose.ANALYSIS) for model in models}
+            for first, last in _tiles(start, stop, shape[-1] if shape else 1):
+                values = {model: self._load(model, raw, first - start, last - start) for model, raw in raws.items()}
+                with np.errstate(all="ignore"):
+                    terms = [
+                        self._way(quantity)(Block(tuple(values[model] for model in quantity.models), first), precision)
                         for quantity in quantities
-                    ],
-                )
+                    ]
+                yield _Tile(first, terms, last == stop)
 
     def keys(self, quantity: Quantity) -> Iterator[tuple[int, Keys]]:
-        """Yield for each block its first flat index and the order keys of a quantity."""
+        """Yield for each tile its first flat index and the order keys of a quantity."""
         precision = Precision(self.compute)
-        for start, (terms,) in self.terms([quantity]):
+        for tile in self.terms([quantity]):
             with np.errstate(all="ignore"):
-                yield start, precision.order_keys(terms)
+                yield tile.start, precision.order_keys(tile.terms[0])
 
     def _way(self, quantity: Quantity) -> Callable[[Block, Precision], Array]:
         """Return what computes the terms of a quantity."""
         return quantity.terms if quantity.fused is None or self.compute not in FUSED_DTYPES else quantity.fused
 
-    def _load(self, model: int, start: int, stop: int) -> Array:
-        """Return the elements ``start`` to ``stop`` of one input."""
-        place = self.places[model]
+    def _load(self, model: int, raw: Raw, first: int, last: int) -> Array:
+        """Return the elements ``first`` to ``last`` of a block of one input, whose bytes are ``raw``."""
+        dtype = self.places[model].dtype
+        part = raw[first * dtype.itemsize : last * dtype.itemsize]
         with np.errstate(all="ignore"):
-            return load(place.read(self.reader, start, stop, Purpose.ANALYSIS), place.dtype, self.compute)
+            if self.compute not in FUSED_DTYPES:
+                return load(part, dtype, self.compute)
+            from mergefs.kernels.fused.arrays import load as load_compiled
+
+            return load_compiled(part, dtype, self.compute)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """The terms of each quantity in a run of elements from ``start`` on, and whether that is the last of a block."""
+
+    start: int
+    terms: list[Array]
+    ends_block: bool
+
+
+def _tiles(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of the tiles of a block: whole rows, but where the grid of blocks cuts them, too."""
+    step = _TILE if row == 0 or row > LONGEST_ROW else max(1, _TILE // row) * row
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _precision(compute: DType) -> Precision:
+    """Return the fastest arithmetic in a dtype."""
+    if compute not in FUSED_DTYPES:
+        return Precision(compute)
+    from mergefs.kernels.fused.arrays import precision_of
+
+    return precision_of(compute)
 
 
 def answer_quantities(wanted: Sequence[AboutQuantity], stream: TensorStream) -> dict[AboutQuantity, Answer]:
     """Return the answers to ``wanted``: sums and rows from one pass, order statistics from some for each quantity."""
     gathering = {one: _gatherer(one, stream) for one in wanted if isinstance(one, _Streamed)}
     if gathering:
-        for start, terms in stream.terms(list(gathering)):
-            for gatherer, values in zip(gathering.values(), terms, strict=True):
-                gatherer.add(start, values)
+        for tile in stream.terms(list(gathering)):
+            for gatherer, values in zip(gathering.values(), tile.terms, strict=True):
+                gatherer.add(tile, values)
     found: dict[AboutQuantity, Answer] = {one: gatherer.answer() for one, gatherer in gathering.items()}
     bits = Precision(stream.compute).order_bits
     for one in wanted:
@@ -119,52 +154,78 @@ def _quantiles(wanted: Sequence[ElementQuantile], stream: TensorStream) -> dict[
 
 
 class _Gatherer(Protocol):
-    """Adds up the terms of one statistic, block by block."""
+    """Adds up the terms of one statistic, tile by tile."""
 
-    def add(self, start: int, terms: Array) -> None: ...
+    def add(self, tile: "_Tile", terms: Array) -> None: ...
     def answer(self) -> Answer: ...
 
 
-class _Sum:
-    """Sums the elements of each block, then the blocks."""
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """The compiled ways to add up, None where there are none: see ``mergefs.kernels.fused``."""
 
-    def __init__(self) -> None:
-        self._parts: list[float] = []
+    lanes: AddToLanes | None = None
+    squares: AddSquares | None = None
+    turns: AddTurns | None = None
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block."""
-        self._parts.append(float(terms.astype(np.float64).sum()))
+    @classmethod
+    def of(cls, compute: DType) -> "_Ways":
+        """Return those for a compute dtype."""
+        if compute not in FUSED_DTYPES:
+            return cls()
+        from mergefs.kernels.fused.lanes import add_to_lanes
+        from mergefs.kernels.fused.squares import add_squares
+        from mergefs.kernels.fused.turns import add_turns
 
-    def answer(self) -> float:
-        """Return the sum."""
-        return _total(self._parts)
+        return cls(add_to_lanes, add_squares, add_turns)
 
 
 class _Sums:
-    """Does the same for several quantities."""
+    """Sums the elements of each block in lanes, then the blocks."""
 
-    def __init__(self, count: int) -> None:
-        self._parts: list[list[float]] = [[] for _ in range(count)]
+    def __init__(self, count: int, ways: _Ways) -> None:
+        self._way = ways.lanes
+        self._block = LaneSums.begin(count)
+        self._parts: list[Vector] = []
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block."""
-        for parts, row in zip(self._parts, terms, strict=True):
-            parts.append(float(row.astype(np.float64).sum()))
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile."""
+        self._block = self._block.add(terms, self._way)
+        if tile.ends_block:
+            self._parts.append(self._block.finish())
+            self._block = LaneSums.begin(len(self._block.lanes))
 
     def answer(self) -> Vector:
         """Return the sums."""
-        return np.array([_total(parts) for parts in self._parts], dtype=np.float64)
+        count = len(self._block.lanes)
+        return np.array([_total([float(part[row]) for part in self._parts]) for row in range(count)], dtype=np.float64)
+
+
+class _Sum:
+    """Does the same for a single quantity."""
+
+    def __init__(self, ways: _Ways) -> None:
+        self._sums = _Sums(1, ways)
+
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile."""
+        self._sums.add(tile, terms[None])
+
+    def answer(self) -> float:
+        """Return the sum."""
+        return float(self._sums.answer()[0])
 
 
 class _SingleSums:
-    """Carries the lanes of float32 sums from block to block."""
+    """Carries the lanes of float32 sums from tile to tile."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, ways: _Ways) -> None:
+        self._way = ways.turns
         self._partial = PartialSums.begin(count, size)
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block."""
-        self._partial = self._partial.add(terms.astype(np.float32))
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile."""
+        self._partial = self._partial.add(terms.astype(np.float32, copy=False), self._way)
 
     def answer(self) -> Vector:
         """Return the sums."""
@@ -172,22 +233,25 @@ class _SingleSums:
 
 
 class _Norms:
-    """Carries the lanes of each norm from block to block."""
+    """Carries the lanes of each norm from tile to tile."""
 
-    def __init__(self, statistic: ElementNorms, compute: DType) -> None:
+    def __init__(self, statistic: ElementNorms, compute: DType, ways: _Ways) -> None:
+        self._way = ways.squares
         self._dtype = F32 if statistic.widened else compute
         self._chunk = statistic.chunk
         self._filled = 0
         self._partial = [PartialNorm.begin()] * statistic.count
         self._finished: list[list[np.float32]] = [[] for _ in range(statistic.count)]
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block, piece by piece where it reaches into other chunks."""
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile, piece by piece where it reaches into other chunks."""
         size, first = terms.shape[1], 0
         while first < size:
             last = size if self._chunk is None else min(size, first + self._chunk - self._filled)
-            pieces = [row[first:last].astype(np.float32) for row in terms]
-            self._partial = [norm.add(piece, self._dtype) for norm, piece in zip(self._partial, pieces, strict=True)]
+            pieces = [row[first:last].astype(np.float32, copy=False) for row in terms]
+            self._partial = [
+                norm.add(piece, self._dtype, self._way) for norm, piece in zip(self._partial, pieces, strict=True)
+            ]
             self._filled += last - first
             if self._filled == self._chunk:
                 self._finish_chunk()
@@ -210,13 +274,13 @@ class _Norms:
 
 
 class _Rows:
-    """Puts the values of the rows of all blocks one after the other."""
+    """Puts the values of the rows of all tiles one after the other."""
 
     def __init__(self) -> None:
         self._parts: list[Vector] = []
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block."""
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile."""
         self._parts.append(terms.astype(np.float64))
 
     def answer(self) -> Vector:
@@ -230,11 +294,11 @@ class _Columns:
     def __init__(self, statistic: ColumnSums) -> None:
         self._totals: Array = np.zeros(statistic.columns, dtype=np.float32 if statistic.single else np.float64)
 
-    def add(self, start: int, terms: Array) -> None:
-        """Add a block, which may begin and end within a step along the first dimension."""
+    def add(self, tile: _Tile, terms: Array) -> None:
+        """Add a tile, which may begin and end within a step along the first dimension."""
         columns = self._totals.size
         values = terms.astype(self._totals.dtype)
-        first = start % columns
+        first = tile.start % columns
         head = min(-first % columns, values.size)
         self._totals[first : first + head] += values[:head]
         whole = values[head : values.size - (values.size - head) % columns].reshape(-1, columns)
@@ -255,12 +319,13 @@ def _total(parts: Sequence[float]) -> float:
 
 def _gatherer(statistic: _Streamed, stream: TensorStream) -> _Gatherer:
     """Return what gathers ``statistic``."""
+    ways = _Ways.of(stream.compute)
     if isinstance(statistic, ElementNorms):
-        return _Norms(statistic, stream.compute)
+        return _Norms(statistic, stream.compute, ways)
     if isinstance(statistic, ElementSums):
-        return _Sums(statistic.count)
+        return _Sums(statistic.count, ways)
     if isinstance(statistic, SingleSums):
-        return _SingleSums(statistic.count, stream.size)
+        return _SingleSums(statistic.count, stream.size, ways)
     if isinstance(statistic, ColumnSums):
         return _Columns(statistic)
-    return _Rows() if isinstance(statistic, RowValues) else _Sum()
+    return _Rows() if isinstance(statistic, RowValues) else _Sum(ways)
