@@ -57,14 +57,21 @@ def run_kernel(
         return _run_reference(run, fused) if merged is None else merged
 
 
+def _whole_grains(run: _Run) -> int:
+    """Return how many elements a tile has: so many whole grains as fit, and at least one."""
+    grain = run.method.grain(run.coefficients)
+    return max(1, _TILE // grain) * grain
+
+
 def _run_converted(run: _Run) -> Raw | None:
     """Return what the method's fused kernel makes of inputs that are converted tile by tile; None if it has none."""
     count, compute, out = run.count, run.compute, run.out
+    step = _whole_grains(run)
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     # The same memory for every tile: fresh pages would cost more than the merge.
-    buffers: Raw = np.empty((len(run.inputs), min(count, _TILE) * compute.itemsize), dtype=np.uint8)
-    for first in range(0, count, _TILE):
-        last = min(first + _TILE, count)
+    buffers: Raw = np.empty((len(run.inputs), min(count, step) * compute.itemsize), dtype=np.uint8)
+    for first in range(0, count, step):
+        last = min(first + step, count)
         tiles = tuple(
             change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
             for (raw, dtype), buffer in zip(run.inputs, buffers, strict=True)
@@ -86,8 +93,7 @@ def _run_reference(run: _Run, compiled: bool) -> Raw:
         from mergefs.kernels.fused import arrays
 
         precision, load_values, store_values = arrays.precision_of(run.compute), arrays.load, arrays.store
-    grain = run.method.grain(run.coefficients)
-    step = max(1, _TILE // grain) * grain
+    step = _whole_grains(run)
     count, compute, out = run.count, run.compute, run.out
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     for first in range(0, count, step):

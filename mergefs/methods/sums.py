@@ -4,7 +4,7 @@ In BF16 and F16 torch adds up in float32, too, but the sums are then rounded to 
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.precision import Array, Precision
 from mergefs.kernels.sums import row_sums, sums_across
 from mergefs.methods.contract import Block, ElementSums, SingleSums
+
+SUMMING: Final = ("arrays", "lanes", "squares", "turns")
+"""The modules of ``mergefs.kernels.fused`` that add up what statistics ask for."""
 
 Sums: TypeAlias = ElementSums | SingleSums
 
