@@ -25,29 +25,19 @@ from typing import Final
 
 import click
 import numpy as np
+from bench.made_statistics import fill_catalog, made_deltas
 from bench.processes import environment, scratch
 from bench.shapes import LLAMA_70B, Shape
 from bench.sparse import write_sparse_family
 
-from mergefs.catalog import Catalog
-from mergefs.catalog.records import ContentRecord
-from mergefs.checkpoint.dtypes import BF16
-from mergefs.engine.workspace import Workspace
-from mergefs.kernels.sketch import quantised
 from mergefs.planner.allocation import Offer, allocate, correlations
-from mergefs.planner.build import PlanOptions, draft_plan
-from mergefs.planner.plan import TensorPlan
-from mergefs.recipe.model import load_recipe
-from mergefs.sources.place import Role
-from mergefs.statistics.blocks import HASH_BYTES, BlockDeltas, pack, pack_norms
-from mergefs.statistics.identity import KEY_BYTES, local_key, statistic_key
+from mergefs.statistics.blocks import BlockDeltas
 
 PAIRS: Final = 1_100_000
 EXPERTS: Final = 8
 BLOCKS_OF_A_TENSOR: Final = 448
 BLOCK_BYTES: Final = 2**20
 BUDGET: Final = 0.25
-SKETCH: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +47,6 @@ class Family:
     seconds: float
     processor_seconds: float
     memory: int
-
-
-def made_deltas(generator: np.random.Generator, blocks: int, experts: int) -> list[BlockDeltas]:
-    """Return block statistics of experts whose deltas have something in common, of blocks of any size."""
-    common = 0.5 * generator.standard_normal((blocks, SKETCH), dtype=np.float32)
-    scale = np.exp(generator.normal(0, 0.7, blocks)).astype(np.float32)
-    found = []
-    for _ in range(experts):
-        values = common + generator.standard_normal((blocks, SKETCH), dtype=np.float32)
-        values *= (scale * np.exp(generator.normal(0, 0.5, blocks)))[:, np.newaxis]
-        sketches, scales = quantised(values.astype(np.float32))
-        norms = (values.astype(np.float64) ** 2).sum(axis=1).astype(np.float32)
-        changed = np.full(blocks, 1000, dtype=np.uint32)
-        found.append(BlockDeltas(norms, norms, norms, changed, sketches, scales))
-    return found
 
 
 def made_offers(deltas: Sequence[Sequence[BlockDeltas]]) -> list[Offer]:
@@ -114,28 +89,6 @@ def measure_allocation(repeat: int) -> tuple[float, list[tuple[float, float]], f
     return first, [once()[:2] for _ in range(repeat)], error
 
 
-def fill_catalog(recipe: Path, directory: Path) -> None:
-    """Put made-up statistics of all tensors of a family into its catalog."""
-    generator = np.random.default_rng(1)
-    with Catalog(directory / "catalog") as catalog:
-        for tensor in draft_plan(load_recipe(recipe), PlanOptions(), Workspace.create(catalog)).tensors:
-            fill_tensor(tensor, catalog, generator)
-            catalog.flush()
-
-
-def fill_tensor(tensor: TensorPlan, catalog: Catalog, generator: np.random.Generator) -> None:
-    """Put made-up statistics of one tensor into the catalog."""
-    blocks = tensor.grid.count
-    digests = [generator.bytes(KEY_BYTES) for _ in tensor.places]
-    for place, digest in zip(tensor.places, digests, strict=True):
-        catalog.keep_content(local_key(place), ContentRecord(digest, generator.bytes(blocks * HASH_BYTES)))
-    base = digests[tensor.roles.index(Role.BASE)]
-    catalog.keep_norms(statistic_key("norms", BF16, 0, (base,)), pack_norms([1.0] * blocks))
-    experts = [digest for digest, role in zip(digests, tensor.roles, strict=True) if role is Role.EXPERT]
-    for digest, deltas in zip(experts, made_deltas(generator, blocks, len(experts)), strict=True):
-        catalog.keep_delta(statistic_key("delta", BF16, 0, (digest, base)), pack(deltas))
-
-
 def plan_once(recipe: Path, variables: dict[str, str]) -> Family:
     """Run ``mergefs plan`` under a budget and return what it took; the kernel counts its memory."""
     command = [sys.executable, "-m", "mergefs", "plan", str(recipe), "--budget", f"{BUDGET:.0%}", "--json"]
@@ -167,7 +120,7 @@ def measure_family(shape: Shape, where: Path | None, repeat: int) -> list[Family
     with scratch(where) as directory:
         family, parameters = write_sparse_family(directory, shape, EXPERTS)
         click.echo(f"{EXPERTS} experts of {parameters / 1e9:.1f} billion parameters", err=True)
-        fill_catalog(family, directory)
+        fill_catalog(family, directory / "catalog")
         variables = environment(directory)
         return [plan_once(write_recipe(family, number), variables) for number in range(repeat + 1)]
 

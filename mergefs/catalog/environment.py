@@ -30,6 +30,7 @@ from mergefs.catalog.directory import (
     sync_directory,
     sync_file,
 )
+from mergefs.catalog.residency import Residency
 from mergefs.errors import CatalogError
 
 _INITIAL_MAP = 16 * 2**20
@@ -70,6 +71,7 @@ class Environment:
         self._condition = threading.Condition()
         self._active = 0
         self._growers = 0
+        self._residency = Residency(path / DATA)
         try:
             refuse_network(next(place for place in (path, *path.parents) if place.exists()))
             path.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,8 @@ class Environment:
         """Return the value of ``key``, or None."""
         with self._transaction(write=False) as transaction:
             value: bytes | None = transaction.get(key, db=self._tables[table])
+            if value is not None:
+                self._residency.note(len(value))  # within the transaction: the map stays where it is
             return value
 
     def items(self, table: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:

@@ -11,7 +11,7 @@ from mergefs.planner.allocation import allocate
 from mergefs.planner.levels import Selection
 from mergefs.planner.offering import TensorOffers
 from mergefs.planner.plan import TensorPlan
-from mergefs.planner.stock import deltas_of, stock_of
+from mergefs.planner.stock import all_blocks_differ, deltas_of, stock_of
 from mergefs.planner.strategy import BY_WORTH, Strategy
 from mergefs.sources.place import Role
 from mergefs.statistics.service import StatisticsService
@@ -59,7 +59,7 @@ def select_everything(tensors: Sequence[TensorPlan], catalog: Catalog) -> tuple[
 
 def _everything(tensor: TensorPlan, catalog: Catalog) -> TensorPlan:
     """Return the plan of a tensor that reads every byte that differs from the base's, and none twice."""
-    if tensor.context is None:
+    if tensor.context is None or all_blocks_differ(tensor, catalog):
         return tensor
     stock = stock_of(tensor, deltas_of(tensor, catalog), catalog)
     return replace(tensor, selection=stock.everything()) if stock.saves else tensor

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
+from mergefs.catalog.records import ContentRecord
 from mergefs.planes.assumed import AssumedPlanes
 from mergefs.planes.coded import CodedDelta, can_have_planes, known_planes
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Coded, Selection, own_bytes
@@ -99,6 +100,31 @@ def deltas_of(tensor: TensorPlan, catalog: Catalog) -> tuple[BlockDeltas | None,
     )
 
 
+def all_blocks_differ(tensor: TensorPlan, catalog: Catalog) -> bool:
+    """Return whether hashes alone tell that every input has bytes of its own in every block.
+
+    It is told quickly, for most tensors of most families: then nothing can be had for nothing, and what else is known
+    of the blocks need not be looked at. False also where hashes are not known, or do not tell whether values differ.
+    """
+    places = list(tensor.places)
+    if tensor.stand_in is not None and tensor.stand_in not in places:
+        places.append(tensor.stand_in)
+    if not all(isinstance(place, StoredTensor) and place.dtype == tensor.compute for place in places):
+        return False
+    contents = [catalog.content(local_key(place)) for place in places]
+    hashes = [_words(known)[:, 0] for known in contents if known is not None]
+    if len(hashes) < len(places):
+        return False
+    # The first word of a hash is enough to tell blocks apart; where two agree, all words are looked at.
+    words = np.sort(np.stack(hashes), axis=0)
+    return not (words[1:] == words[:-1]).any()
+
+
+def _words(content: ContentRecord) -> NDArray[np.uint64]:
+    """Return the hash of each block in four words."""
+    return np.frombuffer(content.blocks, dtype=np.uint64).reshape(-1, HASH_BYTES // 8)
+
+
 def stock_of(
     tensor: TensorPlan, deltas: Sequence[BlockDeltas | None], catalog: Catalog, strategy: Strategy = WITHOUT_PLANES
 ) -> Stock:
@@ -164,10 +190,7 @@ def _givers(
         catalog.content(local_key(place)) if found.any() else None
         for place, found in zip(tensor.places, is_open, strict=True)
     ]
-    hashes = [
-        None if known is None else np.frombuffer(known.blocks, dtype=np.uint64).reshape(-1, HASH_BYTES // 8)
-        for known in contents
-    ]
+    hashes = [None if known is None else _words(known) for known in contents]
     for other in range(1, len(givers)):
         for one in range(other):
             mine, theirs = hashes[other], hashes[one]
