@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,38 @@ def test_sweep_runs_every_combination_and_saves_a_table_and_a_picture(recipe: Pa
     assert [row["plan_id"] for row in rows] == [cell["plan_id"] for cell in found]
     assert found[0]["expert_bytes_read"] < found[1]["expert_bytes_read"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_saves_what_it_finds_beside_printing_it_unless_told_not_to(
+    recipe: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = ("sweep", recipe, "--set", "lambda=0.5,1", "--text", text, "--context", "16", "--limit-tokens", "64")
+    here = tmp_path / "here"
+    here.mkdir()
+    told = run_mergefs(*arguments, state=tmp_path / "state", cwd=here)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.endswith("wrote merge.sweep.csv\nwrote merge.sweep.png\n")
+    assert len((here / "merge.sweep.csv").read_text().splitlines()) == 3
+    assert (here / "merge.sweep.png").read_bytes().startswith(b"\x89PNG")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run_mergefs(*arguments, "--no-save", state=tmp_path / "state", cwd=empty).returncode == 0
+    assert list(empty.iterdir()) == []
+
+
+def test_without_matplotlib_a_picture_that_was_asked_for_is_refused_before_anything_is_run(
+    recipe: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('as if it were not installed')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    arguments = ("sweep", recipe, "--set", "lambda=1", "--text", text, "--context", "16", "--limit-tokens", "64")
+    refused = run_mergefs(*arguments, "--plot", "grid.png", state=tmp_path / "state", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "drawing needs matplotlib, which is not installed" in refused.stderr
+    assert not (tmp_path / "merge.sweep.csv").exists()
+    told = run_mergefs(*arguments, state=tmp_path / "state", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.endswith("wrote merge.sweep.csv\n")
 
 
 @pytest.mark.parametrize("settings", [["density"], ["=1"], ["density="], ["density=1,,2"], ["a=1", "a=2"]])

@@ -1,18 +1,22 @@
 """The fused kernels of single methods equal the reference bit for bit, for any coefficients and any data."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inputs, seeds
 
-from mergefs.checkpoint.dtypes import DType
-from mergefs.kernels.precision import Precision
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.kernels.precision import Precision, load, store
+from mergefs.methods.contract import Block, Quantity, TensorContext
 from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
+from mergefs.methods.masks import KeepAll, KeepRandom, KeepRanked
 from mergefs.methods.model_stock import ModelStock, ModelStockCoefficients
 from mergefs.methods.multislerp import Multislerp, MultislerpCoefficients
 from mergefs.methods.nearswap import NearSwap, NearSwapCoefficients
 from mergefs.methods.nuslerp import Nuslerp, NuslerpCoefficients, Turn
 from mergefs.methods.ram import Ram, RamCoefficients
+from mergefs.methods.task_vector import DELLA, DELLA_LINEAR, ExpertCoefficients, TaskVectorCoefficients
 
 
 @st.composite
@@ -63,6 +67,78 @@ def rounded_factors(dtype: DType) -> st.SearchStrategy[float]:
             return float(Precision(dtype).scalar(value))
 
     return factors.map(rounded)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(
+    data=st.data(),
+    count=st.integers(1, 4),
+    row=st.integers(1, 700),
+    rows=st.integers(1, 5),
+    first_row=st.integers(0, 2**20),
+    seed=seeds,
+)
+def test_any_survival_by_rank_equals_the_reference(
+    dtype: DType, data: st.DataObject, count: int, row: int, rows: int, first_row: int, seed: int
+) -> None:
+    experts = []
+    for model in range(1, count + 1):
+        density = data.draw(st.floats(0.1, 0.9))
+        epsilon = data.draw(st.floats(0, 1)) * min(density, 1 - density)
+        mask = KeepRanked(data.draw(st.integers(0, 2**64 - 1)), row, density, epsilon)
+        other = data.draw(st.sampled_from((KeepAll(), KeepRandom(5, 2**23))))
+        rescale = data.draw(st.none() | st.floats(0.5, 4).map(lambda value: float(np.float32(value))))
+        chosen = mask if data.draw(st.booleans()) or model == 1 else other
+        experts.append(ExpertCoefficients(model, chosen, rescale, data.draw(rounded_factors(dtype))))
+    consensus = data.draw(st.booleans())
+    divisor = None if consensus else data.draw(rounded_factors(dtype))
+    coefficients = TaskVectorCoefficients(0, tuple(experts), consensus, data.draw(st.booleans()), divisor, None)
+    inputs = random_inputs(seed, count + 1, rows * row, dtype)
+    assert_equals_reference(DELLA, coefficients, inputs, dtype, first_row * row)
+
+
+@by_dtype
+@pytest.mark.parametrize("spread", [1, 3, 2000])
+def test_rows_of_every_kind_are_ranked_as_the_reference_ranks_them(dtype: DType, spread: int) -> None:
+    """Keys in a few bins and all over the range, many of them equal, with and without zeros; of rows that are long."""
+    generator = np.random.default_rng(spread)
+    row = 70_000
+    steps = generator.integers(-spread, spread + 1, (4, row)) * 2.0**-12
+    values = np.concatenate([steps.ravel(), steps.ravel() + 3, generator.standard_normal(row) * 1e-30])
+    raws = [store(Precision(dtype).round(part.astype(np.float32)), dtype, dtype) for part in (values, values * 0)]
+    mask = KeepRanked(7, row, 0.5, 0.25)
+    coefficients = TaskVectorCoefficients(1, (ExpertCoefficients(0, mask, None, 1.0),), False, False, None, None)
+    assert_equals_reference(DELLA_LINEAR, coefficients, tuple((raw, dtype) for raw in raws), dtype)
+
+
+def test_rows_that_are_ranked_stay_whole_where_inputs_are_converted() -> None:
+    row = 50_000
+    coefficients = TaskVectorCoefficients(
+        0, (ExpertCoefficients(1, KeepRanked(3, row, 0.4, 0.2), 2.0, 0.5),), True, True, None, None
+    )
+    inputs = random_inputs(11, 2, 3 * row, F32)
+    assert_equals_reference(DELLA, coefficients, inputs, BF16, out=F16)
+
+
+@by_dtype
+@settings(max_examples=25, deadline=None)
+@given(row=st.integers(1, 300), rows=st.integers(1, 5), first_row=st.integers(0, 1000), seed=seeds)
+def test_what_ranks_keep_is_summed_as_by_the_formula(
+    dtype: DType, row: int, rows: int, first_row: int, seed: int
+) -> None:
+    parameters = {"weight": 0.5, "density": 0.5, "epsilon": 0.2, "normalize": True, "rescale": True, "lambda": 1.0}
+    size = rows * row
+    context = TensorContext("w", size, row, row, dtype, 0, 2, parameters, (parameters,) * 2, seed)
+    inputs = random_inputs(seed, 2, size, dtype)
+    block = Block(tuple(load(raw, dtype, dtype) for raw, _ in inputs[::-1]), first_row * row)
+    for wanted in DELLA.statistics(context):
+        if isinstance(wanted, Quantity) and wanted.fused is not None:
+            with np.errstate(all="ignore"):
+                found, expected = (way(block, Precision(dtype)) for way in (wanted.fused, wanted.terms))
+            np.testing.assert_array_equal(found, expected)
+            return
+    raise AssertionError("nothing is asked of what ranks keep")
 
 
 @by_dtype

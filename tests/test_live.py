@@ -188,17 +188,48 @@ def test_a_budget_by_path_needs_statistics_that_are_there(recipes: Recipes) -> N
         "first@weight.9=1",
         "nothing@weight=1",
         "@weight=1",
+        "first@\n2000-01-01 00:00:00,000 ERROR mergefs: made up",
         "first@weight=1@weight=2",
         "first@budget=lots",
         "first@weight=..",
     ],
 )
 def test_what_is_no_variant_is_no_entry_and_the_log_says_why(recipes: Recipes, name: str) -> None:
-    recipes.mount.allowed.append(f"there is no {name.split('=')[0]}")
+    recipes.mount.allowed.append(f"there is no {name.split('=')[0].split()[0]}")
     with pytest.raises(FileNotFoundError):
         (recipes.root / name).stat()
     if name.startswith("first@"):
-        wait_for(lambda: f"there is no {name}: " in recipes.mount.log(), "a line in the log")
+        written = name.replace("\n", "\\n")
+        wait_for(lambda: f"there is no {written}: " in recipes.mount.log(), "a line in the log")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_recipes_of_any_name_are_shown_and_none_takes_the_place_of_something_else(
+    models: Family, tmp_path: Path, named: bool
+) -> None:
+    hidden = ["..yml", "...yml", ".plans.yml", ".first.yml"]
+    files = {"a b\n": "a b\n.yml", "a@weight=2": "a@weight=2.yml", "\u2603": "\u2603.yaml"}
+    files |= {"n" * 251: "n" * 251 + ".yml"} | ({name: name for name in hidden} if named else {})
+    directory = tmp_path / "recipes"
+    for name in {*files.values(), *hidden}:
+        write_document(directory / "unnamed", document(models)).rename(directory / name)
+    given = [directory / name for name in files.values()] if named else [directory]
+    with mounted_recipes(*given, mountpoint=tmp_path / "mnt", state=tmp_path / "state") as mount:
+        assert names_in(mount.mountpoint) == sorted(files)
+        for name in files:
+            assert (mount.mountpoint / name / "config.json").read_bytes().startswith(b"{")
+        assert names_in(mount.mountpoint / ".plans") == []
+
+
+def test_a_recipe_whose_name_is_no_text_says_so(models: Family, tmp_path: Path) -> None:
+    directory, name = tmp_path / "recipes", os.fsdecode(b"caf\xe9")
+    write_document(directory / "good.yml", document(models)).with_name(f"{name}.yml").symlink_to("good.yml")
+    allowed = ["is not shown: .*not UTF-8"]
+    with mounted_recipes(directory, mountpoint=tmp_path / "mnt", state=tmp_path / "state", allowed=allowed) as mount:
+        assert {*names_in(mount.mountpoint)} == {name, "good"}
+        assert b"bytes that are not UTF-8; rename" in (mount.mountpoint / name / "ERROR.txt").read_bytes()
+        assert (mount.mountpoint / "good" / WEIGHTS).exists()
+        assert run_mergefs("status", mount.mountpoint, state=tmp_path / "state").returncode == 0
 
 
 def test_a_recipe_that_would_read_the_mount_from_itself_is_refused(recipes: Recipes) -> None:

@@ -166,6 +166,34 @@ def test_a_user_cannot_mount_where_only_root_may_write(user: Machine, families: 
     assert re.search(f"cannot mount on {mountpoint}: .*no write access", refused.stderr), refused.stderr
 
 
+def test_a_user_who_may_not_open_the_device_learns_it(user: Machine, families: Families) -> None:
+    if not ROOT:
+        pytest.skip("only root can close the device to others")
+    recipes, mountpoint = prepared(user, families)
+    assert user.run("chmod", "600", "/dev/fuse", as_root=True).returncode == 0
+    try:
+        refused = user.mergefs("mount", recipes, mountpoint)
+    finally:
+        assert user.run("chmod", "666", "/dev/fuse", as_root=True).returncode == 0
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(
+        "mergefs: error: cannot open /dev/fuse (Permission denied): let this user read and "
+    )
+    assert "mergefs.open()" in refused.stderr
+
+
+def test_root_of_a_container_that_may_not_mount_learns_what_to_do(user: Machine, families: Families) -> None:
+    if not ROOT:
+        pytest.skip("only root can be root without the right to mount")
+    recipes, mountpoint = prepared(user, families)
+    words = (sys.executable, "-m", "mergefs.cli", "mount", recipes, mountpoint)
+    refused = user.run("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", *words, as_root=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"mergefs: error: cannot mount on {mountpoint}: ")
+    assert "in a container add `--device /dev/fuse --cap-add SYS_ADMIN`" in refused.stderr
+    assert "mergefs.open()" in refused.stderr
+
+
 def test_mount_8s_words_work_for_a_user(user: Machine, families: Families) -> None:
     recipes, mountpoint = prepared(user, families)
     done = user.mergefs(recipes / "merge.yml", mountpoint, "-o", "rw,user,noatime,budget=100%")

@@ -35,8 +35,9 @@ from mergefs.sources.ledger import Ledger
 from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.order import largest, ranked_keys
-from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
+from mergefs.statistics.quantities import AboutQuantity, answer_quantities
 from mergefs.statistics.service import StatisticsService
+from mergefs.statistics.stream import TensorStream
 
 COMPUTE = {"bf16": BF16, "fp16": F16, "fp32": F32, "fp64": F64}
 EVERY_COMPUTE = pytest.mark.parametrize("compute", COMPUTE.values(), ids=COMPUTE)

@@ -29,8 +29,9 @@ from mergefs.statistics.blocks import known_deltas
 from mergefs.statistics.gathering import analyze_tensor
 from mergefs.statistics.identity import checkpoint_identity
 from mergefs.statistics.pair import TensorPair
-from mergefs.statistics.quantities import TensorStream, answer_quantities
+from mergefs.statistics.quantities import answer_quantities
 from mergefs.statistics.service import StatisticsService
+from mergefs.statistics.stream import TensorStream
 from mergefs.statistics.thresholds import (
     BINS,
     Sought,

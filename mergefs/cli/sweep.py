@@ -26,8 +26,20 @@ if TYPE_CHECKING:
     help="Values for a parameter, a model's own (weight.2), budget, method or dtype; repeatable.",
 )
 @evaluation_arguments
-@click.option("--csv", "csv_file", metavar="FILE", type=click.Path(path_type=Path), help="Save the table.")
-@click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Save a picture.")
+@click.option(
+    "--csv",
+    "csv_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Save the table there.  [default: RECIPE.sweep.csv here]",
+)
+@click.option(
+    "--plot",
+    metavar="FILE.png",
+    type=click.Path(path_type=Path),
+    help="Save the picture there.  [default: RECIPE.sweep.png here, where matplotlib is installed]",
+)
+@click.option("--no-save", is_flag=True, help="Print the table, and save nothing that is not named.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
 def command(
@@ -39,6 +51,7 @@ def command(
     opening: dict[str, Any],
     csv_file: Path | None,
     plot: Path | None,
+    no_save: bool,
     as_json: bool,
 ) -> None:
     """Run every combination of some values of a recipe on held-out text, without writing any model.
@@ -50,13 +63,28 @@ def command(
     from mergefs.cli.progress import progress
     from mergefs.evaluation.comparison import Settings as Running
     from mergefs.evaluation.comparison import measure
-    from mergefs.evaluation.grid import Cell, combinations, draw, parse_axes, table, variant_text
+    from mergefs.evaluation.grid import (
+        Cell,
+        can_draw,
+        combinations,
+        draw,
+        parse_axes,
+        require_drawing,
+        table,
+        variant_text,
+    )
     from mergefs.evaluation.loading import load_model
     from mergefs.evaluation.text import read_text
     from mergefs.reports.curve import format_of
 
     axes, content = parse_axes(settings_), read_text(text)
+    if not no_save:
+        csv_file = csv_file or Path(f"{recipe.stem}.sweep.csv")
+        if plot is None and can_draw():
+            plot = Path(f"{recipe.stem}.sweep.png")
     kind = None if plot is None else format_of(plot)
+    if plot is not None:
+        require_drawing()  # now, and not when everything has been run
     cells: list[Cell] = []
     with progress(settings.quiet) as listener:
         for values in combinations(axes):

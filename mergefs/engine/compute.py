@@ -54,17 +54,24 @@ def run_kernel(
             merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
         elif fused and compute in FUSED_DTYPES:
             merged = _run_converted(run)
-        return _run_reference(run) if merged is None else merged
+        return _run_reference(run, fused) if merged is None else merged
+
+
+def _whole_grains(run: _Run) -> int:
+    """Return how many elements a tile has: so many whole grains as fit, and at least one."""
+    grain = run.method.grain(run.coefficients)
+    return max(1, _TILE // grain) * grain
 
 
 def _run_converted(run: _Run) -> Raw | None:
     """Return what the method's fused kernel makes of inputs that are converted tile by tile; None if it has none."""
     count, compute, out = run.count, run.compute, run.out
+    step = _whole_grains(run)
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     # The same memory for every tile: fresh pages would cost more than the merge.
-    buffers: Raw = np.empty((len(run.inputs), min(count, _TILE) * compute.itemsize), dtype=np.uint8)
-    for first in range(0, count, _TILE):
-        last = min(first + _TILE, count)
+    buffers: Raw = np.empty((len(run.inputs), min(count, step) * compute.itemsize), dtype=np.uint8)
+    for first in range(0, count, step):
+        last = min(first + step, count)
         tiles = tuple(
             change_dtype(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute, buffer)
             for (raw, dtype), buffer in zip(run.inputs, buffers, strict=True)
@@ -76,20 +83,25 @@ def _run_converted(run: _Run) -> Raw | None:
     return result
 
 
-def _run_reference(run: _Run) -> Raw:
-    """Return what ``run_kernel`` does, by the formula, in tiles of whole grains: so cutting the run changes nothing."""
-    precision = Precision(run.compute)
-    grain = run.method.grain(run.coefficients)
-    step = max(1, _TILE // grain) * grain
+def _run_reference(run: _Run, compiled: bool) -> Raw:
+    """Return what ``run_kernel`` does, by the formula, in tiles of whole grains: so cutting the run changes nothing.
+
+    With ``compiled`` values are loaded, rounded and stored by compiled loops, to the same bits.
+    """
+    precision, load_values, store_values = Precision(run.compute), load, store
+    if compiled and run.compute in FUSED_DTYPES:
+        from mergefs.kernels.fused import arrays
+
+        precision, load_values, store_values = arrays.precision_of(run.compute), arrays.load, arrays.store
+    step = _whole_grains(run)
     count, compute, out = run.count, run.compute, run.out
     result: Raw = np.empty(count * out.itemsize, dtype=np.uint8)
     for first in range(0, count, step):
         last = min(first + step, count)
-        values = tuple(
-            load(raw[first * dtype.itemsize : last * dtype.itemsize], dtype, compute) for raw, dtype in run.inputs
-        )
+        tiles = ((raw[first * dtype.itemsize : last * dtype.itemsize], dtype) for raw, dtype in run.inputs)
+        values = tuple(load_values(raw, dtype, compute) for raw, dtype in tiles)
         merged = run.method.reference(Block(values, run.start + first), run.coefficients, precision)
-        result[first * out.itemsize : last * out.itemsize] = store(merged, run.method.result_dtype(compute), out)
+        result[first * out.itemsize : last * out.itemsize] = store_values(merged, run.method.result_dtype(compute), out)
     return result
 
 

@@ -68,18 +68,32 @@ def table(axes: Sequence[Axis], cells: Sequence[Cell]) -> bytes:
     return text.getvalue().encode()
 
 
+def can_draw() -> bool:
+    """Return whether there is matplotlib, without which there is no picture."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def require_drawing() -> None:
+    """Raise MissingDependencyError without matplotlib."""
+    if not can_draw():
+        raise MissingDependencyError(
+            "drawing needs matplotlib, which is not installed; install it with `pip install 'mergefs[plots]'`"
+        )
+
+
 def draw(axes: Sequence[Axis], cells: Sequence[Cell], title: str, kind: str) -> bytes:
     """Return a picture as a file of ``kind``: perplexity over the values of the last key, a line for each of the rest.
 
     Raises MissingDependencyError without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing needs matplotlib, which is not installed; install it with `pip install 'mergefs[plots]'`"
-        ) from error
+    require_drawing()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()

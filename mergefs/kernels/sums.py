@@ -1,26 +1,82 @@
-"""Sums in float32, added up in the order that torch adds in on one thread.
+"""Sums of many numbers, in orders that follow from their places alone.
 
-torch adds a vector's elements up in 32 lanes by turns: four vectors of eight. So that rounding errors do not grow with
-the number of turns, what some turns have come to goes to another level, so many of these to the next, and so on. At
-the end come the levels, the vectors, the elements that are left over, and the lanes, one after the other. With more
-threads torch cuts vectors of more than 32,768 elements into as many parts, so only this order is reproducible.
+Sums in float64 are taken in 128 lanes by turns, which keep the widest vectors of a CPU busy, and these are then added
+in halves.
+
+Sums in float32 are added up in the order that torch adds in on one thread: it adds a vector's elements up in 32 lanes
+by turns, four vectors of eight. So that rounding errors do not grow with the number of turns, what some turns have come
+to goes to another level, so many of these to the next, and so on. At the end come the levels, the vectors, the elements
+that are left over, and the lanes, one after the other. With more threads torch cuts vectors of more than 32,768
+elements into as many parts, so only this order is reproducible.
 
 Sums across vectors that lie one after the other, one for each place in them, have levels, too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Single = NDArray[np.float32]
+Double = NDArray[np.float64]
+
+AddToLanes: TypeAlias = Callable[[Double, NDArray[Any], int], None]
+"""Adds a vector to its lanes, the first element to the one with this number."""
+
+AddTurns: TypeAlias = Callable[[Single, Single, int, int], None]
+"""Adds whole turns to the levels of a vector, from the power of two that a step is, and the turns before."""
+
+LANES: Final = 128
+"""Of sums in float64."""
 
 _LANES: Final = 8
 _VECTORS: Final = 4
-_TURN: Final = _VECTORS * _LANES
+TURN: Final = _VECTORS * _LANES
 _LEVELS: Final = 4
 _SHORTEST_STEP: Final = 4  # as a power of two
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSums:
+    """What has been added up in float64 of some vectors that are seen from the first element to the last.
+
+    Element ``i`` of each is added to its lane ``i % 128``. ``lanes`` have a row for each vector, ``seen`` is how many
+    elements of each there were.
+    """
+
+    lanes: Double
+    seen: int
+
+    @classmethod
+    def begin(cls, vectors: int) -> "LaneSums":
+        """Return the sums of nothing yet."""
+        return cls(np.zeros((vectors, LANES)), 0)
+
+    def add(self, values: NDArray[Any], compiled: AddToLanes | None = None) -> "LaneSums":
+        """Return the sums with the next elements of each vector, a row of ``values``.
+
+        ``compiled`` is a faster way to the same bits.
+        """
+        count, filled = values.shape[1], self.seen % LANES
+        if compiled is not None:
+            lanes = self.lanes.copy()
+            for row, into in zip(values, lanes, strict=True):
+                compiled(into, row, filled)
+            return LaneSums(lanes, self.seen + count)
+        turns = np.zeros((len(values), -(-(filled + count) // LANES), LANES))
+        turns.reshape(len(values), -1)[:, filled : filled + count] = values
+        # Along any axis but the last numpy adds one after the other.
+        lanes = np.add.reduce(np.concatenate((self.lanes[:, None], turns), axis=1), axis=1)
+        return LaneSums(lanes, self.seen + count)
+
+    def finish(self) -> Double:
+        """Return the sums."""
+        lanes = self.lanes
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+        return lanes[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +109,13 @@ class _Levels:
                 self._raise(totals, turns)
         return _Levels(self.power, turns, totals)
 
+    def add_compiled(self, rows: Single, compiled: AddTurns) -> "_Levels":
+        """Do the same with the turns of each vector one after the other in its row of ``rows``."""
+        totals = np.ascontiguousarray(np.moveaxis(self.totals, 1, 0))
+        for row, levels in zip(rows, totals, strict=True):
+            compiled(levels, row, self.power, self.turns)
+        return _Levels(self.power, self.turns + rows.shape[1] // TURN, np.moveaxis(totals, 1, 0))
+
     def _raise(self, totals: Single, turns: int) -> None:
         """Add each level to the next one, as far as it is full."""
         for level in range(1, _LEVELS):
@@ -80,14 +143,20 @@ class PartialSums:
     @classmethod
     def begin(cls, vectors: int, size: int) -> "PartialSums":
         """Return the sums of nothing yet."""
-        return cls(size, _Levels.begin(size // _TURN, vectors, _TURN), np.zeros((vectors, 0), dtype=np.float32))
+        return cls(size, _Levels.begin(size // TURN, vectors, TURN), np.zeros((vectors, 0), dtype=np.float32))
 
-    def add(self, values: Single) -> "PartialSums":
-        """Return the sums with the next elements of each vector, a row of ``values``."""
+    def add(self, values: Single, compiled: AddTurns | None = None) -> "PartialSums":
+        """Return the sums with the next elements of each vector, a row of ``values``.
+
+        ``compiled`` is a faster way to the same bits.
+        """
         values = np.concatenate((self.left, values), axis=1) if self.left.size else values
-        whole = values.shape[1] - values.shape[1] % _TURN
-        turns = values[:, :whole].reshape(values.shape[0], whole // _TURN, _TURN)
-        return PartialSums(self.size, self.levels.add(np.moveaxis(turns, 1, 0)), values[:, whole:].copy())
+        whole = values.shape[1] - values.shape[1] % TURN
+        left = values[:, whole:].copy()
+        if compiled is not None:
+            return PartialSums(self.size, self.levels.add_compiled(values[:, :whole], compiled), left)
+        turns = values[:, :whole].reshape(values.shape[0], whole // TURN, TURN)
+        return PartialSums(self.size, self.levels.add(np.moveaxis(turns, 1, 0)), left)
 
     def finish(self) -> Single:
         """Return the sums."""
@@ -113,7 +182,7 @@ def sums_across(vectors: Single, start: int, size: int) -> Single:
     """
     if vectors.shape[1] == 1:  # which numpy would add up in pairs
         return sums_across(np.repeat(vectors, 2, axis=1), start, size)[:1]
-    together = _TURN if size >= _LANES else _VECTORS
+    together = TURN if size >= _LANES else _VECTORS
     plain = _Levels.begin(len(vectors), vectors.shape[1]).add(vectors).finish()
     whole = len(vectors) - len(vectors) % _VECTORS
     turns = vectors[:whole].reshape(whole // _VECTORS, _VECTORS, vectors.shape[1])

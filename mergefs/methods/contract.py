@@ -129,12 +129,28 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """What the terms of a quantity are, as simple as norms and inner products need them.
+
+    Its inputs, less the last of them, a base, where they are ``based``, and divided by ``lengths`` where there are
+    some, each result rounded to the compute dtype. These are the terms themselves; or, with ``pairs`` of them, the
+    products of each pair: rounded, too, or ``exact`` in float64.
+    """
+
+    based: bool = False
+    lengths: tuple[float, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Quantity:
     """A number for each element of a tensor, or for each row, that follows from the same elements of some inputs.
 
     ``name`` and ``arguments`` say which number, and are what answers about it are kept under: ``terms`` must depend on
     nothing else but a block of whole rows of the inputs ``models``, in that order. ``fused``, where there is one, gives
-    the same bits by compiled kernels, for the compute dtypes that have them.
+    the same bits by compiled kernels, for the compute dtypes that have them. Where ``moments`` says what the terms are,
+    they are computed and added up in one compiled pass.
     """
 
     name: str
@@ -142,6 +158,7 @@ class Quantity:
     terms: Callable[[Block, Precision], Array] = field(compare=False, repr=False)
     arguments: tuple[float, ...] = ()
     fused: Callable[[Block, Precision], Array] | None = field(default=None, compare=False, repr=False, kw_only=True)
+    moments: "Moments | None" = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Put one and the same NaN into the arguments: others equal nothing, so the answer would never be found."""

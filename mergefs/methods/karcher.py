@@ -23,6 +23,7 @@ from mergefs.methods.contract import (
     Block,
     ElementSums,
     Method,
+    Moments,
     Parameter,
     RawRun,
     Response,
@@ -34,6 +35,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis, Form
+from mergefs.methods.sums import SUMMING
 
 if TYPE_CHECKING:
     from mergefs.kernels.fused import karcher as kernel
@@ -149,7 +151,7 @@ class Karcher(Method[KarcherCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes, for statistics too."""
-        return ("karcher",)
+        return ("karcher", *SUMMING)
 
     def fused(self, run: RawRun, coefficients: KarcherCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
@@ -390,6 +392,7 @@ def _norms(
         _of_block(known, terms, _walk),
         _arguments(context),
         fused=_of_block(known, terms, _walk_fused),
+        moments=Moments() if terms is _inputs else None,
         count=count,
         widened=True,
     )

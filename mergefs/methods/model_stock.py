@@ -18,6 +18,7 @@ from mergefs.methods.contract import (
     Block,
     FewModels,
     Method,
+    Moments,
     Parameter,
     RawRun,
     Response,
@@ -28,7 +29,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 from mergefs.methods.rounding import Analysis
-from mergefs.methods.sums import Sums, ask_sums, sums_across_vectors, sums_of_rows
+from mergefs.methods.sums import SUMMING, Sums, ask_sums, sums_across_vectors, sums_of_rows
 
 _SMALLEST_PRODUCT = 1e-6
 _SINGULAR = 1e-6
@@ -113,8 +114,8 @@ class ModelStock(Method[ModelStockCoefficients]):
         return precision.round(precision.round(share * mean) + precision.round(rest * base))
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes."""
-        return ("model_stock",)
+        """One pass over the bytes for a merge, and one for each number that it needs to know."""
+        return ("model_stock", *SUMMING)
 
     def fused(self, run: RawRun, coefficients: ModelStockCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes, where the whole tensor has one share."""
@@ -152,14 +153,20 @@ class ModelStock(Method[ModelStockCoefficients]):
 def _norms(context: TensorContext) -> Norms:
     """Ask for the norm of each expert's delta."""
     models = (*context.experts, context.base or 0)
-    return ask_norms(context.compute, "deltas", models, _deltas_of_block, count=len(context.experts))
+    return ask_norms(
+        context.compute, "deltas", models, _deltas_of_block, moments=Moments(based=True), count=len(context.experts)
+    )
 
 
 def _products(context: TensorContext) -> list[Sums]:
     """Ask for the inner product of each pair of deltas, of elements that are rounded as torch rounds them."""
     pairs = combinations(context.experts, 2)
     base = context.base or 0
-    return [ask_sums(context.compute, "delta products", (*pair, base), _products_of_block, count=1) for pair in pairs]
+    moments = Moments(based=True, pairs=((0, 1),))
+    return [
+        ask_sums(context.compute, "delta products", (*pair, base), _products_of_block, moments=moments, count=1)
+        for pair in pairs
+    ]
 
 
 def _deltas_of_block(block: Block, precision: Precision) -> Array:

@@ -23,6 +23,7 @@ from mergefs.methods.contract import (
     BasePolicy,
     Block,
     Method,
+    Moments,
     Parameter,
     RawRun,
     Response,
@@ -33,7 +34,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis, Form
-from mergefs.methods.sums import Sums, ask_sums
+from mergefs.methods.sums import SUMMING, Sums, ask_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +127,8 @@ class Multislerp(Method[MultislerpCoefficients]):
         return merged if base is None else precision.round(merged + base)
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes."""
-        return ("multislerp",)
+        """One pass over the bytes for a merge, and those that statistics are added up by."""
+        return ("multislerp", *SUMMING)
 
     def fused(self, run: RawRun, coefficients: MultislerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
@@ -288,7 +289,8 @@ _Terms: TypeAlias = Callable[[Sequence[Array], MultislerpCoefficients, Precision
 def _norms(context: TensorContext, name: str, known: MultislerpCoefficients, terms: _Terms, count: int) -> Norms:
     """Ask for the norms of ``terms``."""
     models, of_block, arguments = _about(context, known, terms)
-    return ask_norms(context.compute, f"multislerp: {name}", models, of_block, arguments, count=count)
+    moments = Moments(known.base is not None) if terms is _deltas else None
+    return ask_norms(context.compute, f"multislerp: {name}", models, of_block, arguments, moments=moments, count=count)
 
 
 def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) -> Sums:

@@ -6,6 +6,7 @@ there the squares are added up in float64 without an error.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.kernels.norms import row_norms
 from mergefs.kernels.precision import Array, Precision
-from mergefs.methods.contract import Answers, Block, ElementNorms, ElementSums
+from mergefs.methods.contract import Answers, Block, ElementNorms, ElementSums, Moments
 
 Norms: TypeAlias = ElementNorms | ElementSums
 
@@ -27,20 +28,24 @@ def ask_norms(
     arguments: tuple[float, ...] = (),
     *,
     fused: Callable[[Block, Precision], Array] | None = None,
+    moments: Moments | None = None,
     count: int,
     widened: bool = False,
     chunk: int | None = None,
 ) -> Norms:
     """Ask for the norms of the ``count`` rows of ``terms``.
 
-    ``fused`` is that of ``Quantity``, ``chunk`` that of
+    ``fused`` and ``moments`` are those of ``Quantity``, ``chunk`` is that of
     ``ElementNorms``. With ``widened`` torch has made float32 of them.
     """
     if compute in (BF16, F32) or (widened and compute == F16):
-        return ElementNorms(name, models, terms, arguments, fused=fused, count=count, widened=widened, chunk=chunk)
+        return ElementNorms(
+            name, models, terms, arguments, fused=fused, moments=moments, count=count, widened=widened, chunk=chunk
+        )
+    squared = None if moments is None else replace(moments, pairs=tuple((k, k) for k in range(count)), exact=True)
     compiled = None if fused is None else partial(_squares, terms=fused)
     squares = partial(_squares, terms=terms)
-    return ElementSums(f"squares of {name}", models, squares, arguments, fused=compiled, count=count)
+    return ElementSums(f"squares of {name}", models, squares, arguments, fused=compiled, moments=squared, count=count)
 
 
 def _squares(block: Block, precision: Precision, terms: Callable[[Block, Precision], Array]) -> Array:

@@ -6,6 +6,7 @@ the first dimension).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from mergefs.methods.contract import (
     ColumnSums,
     FewModels,
     Method,
+    Moments,
     Parameter,
     RawRun,
     Response,
@@ -34,7 +36,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 from mergefs.methods.rounding import Analysis, Form
-from mergefs.methods.sums import Sums, ask_sums, sums_of_rows
+from mergefs.methods.sums import SUMMING, Sums, ask_sums, sums_of_rows
 
 Part = Literal["whole", "rows", "columns"]
 
@@ -149,8 +151,8 @@ class Nuslerp(Method[NuslerpCoefficients]):
         return result if base is None else precision.round(base + result)
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes."""
-        return ("nuslerp",)
+        """One pass over the bytes for a merge, and two for what it needs to know."""
+        return ("nuslerp", *SUMMING)
 
     def fused(self, run: RawRun, coefficients: NuslerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes, where the whole tensor has one angle."""
@@ -257,7 +259,9 @@ def _stacked_deltas(block: Block, precision: Precision) -> Array:
 def _whole_norms(context: TensorContext) -> Norms:
     """Ask for the norms of both models, or of both deltas."""
     name = "models" if context.base is None else "deltas"
-    return ask_norms(context.compute, name, _models(context), _stacked_deltas, count=2)
+    return ask_norms(
+        context.compute, name, _models(context), _stacked_deltas, moments=Moments(context.base is not None), count=2
+    )
 
 
 def _column_squares(context: TensorContext) -> tuple[ColumnSums, ...]:
@@ -303,8 +307,15 @@ def _products(context: TensorContext, answers: Answers) -> Sums | ColumnSums:
 
     name = "products of directions" if context.base is None else "products of directions of deltas"
     if _part(context) == "whole":
-        return ask_sums(context.compute, name, _models(context), lambda *of: products(*of)[None], count=1)
+        divisors = tuple(float(length[0]) for length in lengths)
+        moments = Moments(context.base is not None, divisors, pairs=((0, 1),))
+        rows = partial(_as_row, terms=products)
+        return ask_sums(context.compute, name, _models(context), rows, moments=moments, count=1)
     return ColumnSums(name, _models(context), products, columns=context.columns)
+
+
+def _as_row(block: Block, precision: Precision, terms: Callable[[Block, Precision], Array]) -> Array:
+    return terms(block, precision)[None]
 
 
 def _turn(products: Array, share: float, precision: Precision) -> Turn:

@@ -14,6 +14,7 @@ from mergefs.methods.contract import (
     ElementSum,
     FewModels,
     Method,
+    Moments,
     Parameter,
     RawRun,
     Response,
@@ -24,6 +25,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis
+from mergefs.methods.sums import SUMMING
 
 _COLINEAR = 0.9995
 _SMALLEST_NORM = 1e-8
@@ -63,7 +65,9 @@ class Slerp(Method[SlerpCoefficients]):
     def _norms(self, context: TensorContext) -> Norms:
         """Ask for both norms, which mergekit takes of so many elements at a time."""
         pair = self._pair(context)
-        return ask_norms(context.compute, "values", pair, _values, count=2, widened=True, chunk=_CHUNK)
+        return ask_norms(
+            context.compute, "values", pair, _values, moments=Moments(), count=2, widened=True, chunk=_CHUNK
+        )
 
     @staticmethod
     def _pair(context: TensorContext) -> tuple[int, int]:
@@ -98,8 +102,8 @@ class Slerp(Method[SlerpCoefficients]):
         return precision.round(np.add(base, other))
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes."""
-        return ("two_factors",)
+        """One pass over the bytes for a merge, and one for what it needs to know."""
+        return ("two_factors", *SUMMING)
 
     def fused(self, run: RawRun, coefficients: SlerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
@@ -130,7 +134,7 @@ def _sine(angle: float) -> float:
 
 def inner_product(first: int, second: int) -> ElementSum:
     """Ask for the inner product of two inputs over a whole tensor."""
-    return ElementSum("inner product", (first, second), _products)
+    return ElementSum("inner product", (first, second), _products, moments=Moments(pairs=((0, 1),), exact=True))
 
 
 def _values(block: Block, precision: Precision) -> Array:

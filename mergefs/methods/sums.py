@@ -4,14 +4,17 @@ In BF16 and F16 torch adds up in float32, too, but the sums are then rounded to 
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
 from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.precision import Array, Precision
 from mergefs.kernels.sums import row_sums, sums_across
-from mergefs.methods.contract import Block, ElementSums, SingleSums
+from mergefs.methods.contract import Block, ElementSums, Moments, SingleSums
+
+SUMMING: Final = ("arrays", "lanes", "moments", "squares", "turns")
+"""The modules of ``mergefs.kernels.fused`` that add up what statistics ask for."""
 
 Sums: TypeAlias = ElementSums | SingleSums
 
@@ -23,10 +26,15 @@ def ask_sums(
     terms: Callable[[Block, Precision], Array],
     arguments: tuple[float, ...] = (),
     *,
+    moments: Moments | None = None,
     count: int,
 ) -> Sums:
-    """Ask for the sums of the ``count`` rows of ``terms``, which are values of the compute dtype."""
-    return (SingleSums if compute == F32 else ElementSums)(name, models, terms, arguments, count=count)
+    """Ask for the sums of the ``count`` rows of ``terms``, which are values of the compute dtype.
+
+    ``moments`` are those of ``Quantity``.
+    """
+    kind = SingleSums if compute == F32 else ElementSums
+    return kind(name, models, terms, arguments, moments=moments, count=count)
 
 
 def sums_of_rows(rows: Array, precision: Precision) -> Array:

@@ -7,11 +7,12 @@ sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mergefs.checkpoint.dtypes import BF16, F16, DType
+from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.errors import RecipeError
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
@@ -34,7 +35,18 @@ from mergefs.methods.contract import (
     TensorContext,
     Threshold,
 )
-from mergefs.methods.masks import KeepAll, KeepLargest, KeepNone, KeepRandom, KeepRanked, Mask, drawing, kept
+from mergefs.methods.masks import (
+    KeepAll,
+    KeepLargest,
+    KeepNone,
+    KeepRandom,
+    KeepRanked,
+    Mask,
+    drawing,
+    kept,
+    survivors_by_rank,
+)
+from mergefs.methods.sums import SUMMING
 from mergefs.methods.task_vector_response import task_vector_response
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
@@ -226,15 +238,15 @@ class TaskVector(Method[TaskVectorCoefficients]):
         return precision.round(base + mixed)
 
     def kernels(self) -> tuple[str, ...]:
-        """One pass over the bytes, and those that find thresholds; ranking rows is numpy's."""
+        """One pass over the bytes, and those that rank rows or find thresholds."""
         if self.sparsifier == "ranked":
-            return ()
+            return ("task_vector", "ranking", *SUMMING)
         counted = ("histogram", "location", "refinement") if self.sparsifier in ("magnitude", "outliers") else ()
         return ("task_vector", *counted)
 
     def fused(self, run: RawRun, coefficients: TaskVectorCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
-        if run.dtype not in FUSED_DTYPES or not coefficients.experts or not self.kernels():
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
             return None
         from mergefs.kernels.fused import task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
@@ -250,13 +262,20 @@ class TaskVector(Method[TaskVectorCoefficients]):
             scaled=scale is not None,
             scale=1.0 if scale is None else scale,
         )
+        marks = {
+            expert.model: survivors_by_rank(
+                expert.mask, run.inputs[expert.model], base, run.start, run.dtype, run.dtype
+            )
+            for expert in coefficients.experts
+            if isinstance(expert.mask, KeepRanked)
+        }
         experts = [
             kernel.Expert(
                 address=address(run.inputs[expert.model]),
                 weight=expert.weight,
                 rescaled=expert.rescale is not None,
                 rescale=1.0 if expert.rescale is None else expert.rescale,
-                **_fused_mask(expert.mask, run.dtype),
+                **_fused_mask(expert.mask, run.dtype, marks.get(expert.model)),
             )
             for expert in coefficients.experts
         ]
@@ -297,9 +316,16 @@ def _rescale_sums(context: TensorContext, model: int, mask: KeepRanked) -> tuple
         delta = precision.round(block.inputs[0] - block.inputs[1])
         return np.abs(delta * kept(mask, delta, block.start, precision))
 
+    def magnitudes_marked(block: Block, precision: Precision) -> Array:
+        expert, of_base = (np.ascontiguousarray(values, dtype=np.float32) for values in block.inputs)
+        raws = expert.view(np.uint8), of_base.view(np.uint8)
+        marks = survivors_by_rank(mask, *raws, block.start, precision.dtype, F32)
+        magnitudes: Array = np.abs(precision.round(expert - of_base) * marks)
+        return magnitudes
+
     return (
         ElementSum("delta magnitudes", models, magnitudes),
-        ElementSum("delta magnitudes kept by rank", models, magnitudes_kept, arguments),
+        ElementSum("delta magnitudes kept by rank", models, magnitudes_kept, arguments, fused=magnitudes_marked),
     )
 
 
@@ -312,9 +338,13 @@ def _rescale_of_sums(context: TensorContext, answers: Answers, model: int, mask:
     return float(drawn.scalar(float(before / after)))
 
 
-def _fused_mask(mask: Mask, dtype: DType) -> dict[str, int]:
-    """Return the fields by which the fused kernel knows which elements survive."""
+def _fused_mask(mask: Mask, dtype: DType, marks: NDArray[np.uint8] | None) -> dict[str, Any]:
+    """Return the fields by which the fused kernel knows which elements survive; ``marks`` are the survivors by rank."""
     from mergefs.kernels.fused import task_vector as kernel
+    from mergefs.kernels.fused.memory import address
+
+    if marks is not None:
+        return {"mask": kernel.KEEP_MARKED, "marks": address(marks)}
 
     if isinstance(mask, KeepRandom):
         return {"mask": kernel.KEEP_RANDOM, "key": mask.key, "limit": mask.limit}

@@ -153,14 +153,19 @@ def _failure(outcome: Outcome, mountpoint: Path) -> MergefsError:
 def _reap(child: int) -> bool:
     """Wait for ``child`` to end, at most for the deadline; return whether it has ended."""
     deadline = time.monotonic() + _STOPPING_DEADLINE
-    while True:
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(child, os.WNOHANG)[0] == 0:
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(0.01)  # the system has no wait for a child with a deadline
-                continue
-        return True
+    # Blocked, the signal of a child that ends between the question and the wait is still there for the wait.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            signal.sigtimedwait({signal.SIGCHLD}, left)
+    except ChildProcessError:
+        pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return True
 
 
 def _clear_away(child: int, mountpoint: Path) -> None:
@@ -219,8 +224,9 @@ class _Server:
 
     def _build(self) -> Tree:
         try:
-            with _signals_raise(), made_to_stay():
-                return self.build_tree()
+            with _signals_raise():
+                with made_to_stay():
+                    return self.build_tree()
         except _StoppedError as stopped:
             _end_like(stopped)
 

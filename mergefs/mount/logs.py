@@ -18,8 +18,17 @@ _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _installed: Final[list[logging.Handler]] = []
 
 
-class _SentenceFormatter(logging.Formatter):
-    """Records as one line for people: ``mergefs: warning: ...``."""
+class _LineFormatter(logging.Formatter):
+    """Records as one line each, but for a traceback: names of files and variants may hold what looks like more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name is logging's)
+        characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
+        record.message = record.message if record.message.isprintable() else "".join(characters)
+        return super().formatMessage(record)
+
+
+class _SentenceFormatter(_LineFormatter):
+    """Records for people: ``mergefs: warning: ...``."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"mergefs: {record.levelname.lower()}: {super().format(record)}"
@@ -65,7 +74,7 @@ def add_file(path: Path) -> logging.Handler:
         handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise MountError(f"cannot write the log file {path}: {error.strerror}; name another with --log-file") from error
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_LineFormatter(_FORMAT))
     return _install(handler)
 
 
@@ -80,7 +89,7 @@ def add_terminal(level: int) -> logging.Handler:
 def add_stream() -> logging.Handler:
     """Write all records to stderr as a log, for a server in the foreground."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_LineFormatter(_FORMAT))
     return _install(handler)
 
 

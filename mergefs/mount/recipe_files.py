@@ -26,21 +26,25 @@ def expand_recipes(recipes: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def recipes_at(path: Path) -> tuple[Path, ...]:
-    """Return the recipes in the directory ``path``, or ``path`` itself where it is none; OSError when that fails."""
+    """Return the recipes in the directory ``path``, or ``path`` itself where it is none; OSError when that fails.
+
+    Hidden files are none: editors keep what is unfinished in such.
+    """
     if not path.is_dir():
         return (path,)
     entries = sorted(entry for entry in path.iterdir() if entry.suffix in (".yml", ".yaml"))
-    return tuple(entry for entry in entries if entry.is_file())
+    return tuple(entry for entry in entries if entry.is_file() and not entry.name.startswith("."))
 
 
 def unique_names(paths: Iterable[Path]) -> tuple[str, ...]:
     """Return the name of each recipe's directory: the file's name without its suffix.
 
-    Where two recipes would share a name, the suffix stays, and after that a number is added.
+    Where two recipes would share a name, or what is left begins with a dot, the suffix stays; after that a number is
+    added.
     """
     names: list[str] = []
     for path in paths:
-        name = path.stem if path.stem not in names else path.name
+        name = path.name if path.stem in names or path.stem.startswith(".") else path.stem
         number = 2
         while name in names:
             name = f"{path.stem}-{number}"

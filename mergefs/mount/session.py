@@ -181,5 +181,8 @@ def _explain(mountpoint: Path, lines: list[str], otherwise: str) -> str:
     if "failed to exec fusermount" in said:
         return f"{text}; install it with `apt-get install fuse3` or `dnf install fuse`"
     if "not permitted" in said or "denied" in said.lower():
-        return f"{text}; in a container add `--device /dev/fuse --cap-add SYS_ADMIN`; {bindings.WITHOUT_FUSE}"
+        return (
+            f"{text}; in a container add `--device /dev/fuse --cap-add SYS_ADMIN`, and with AppArmor "
+            f"`--security-opt apparmor=unconfined`; {bindings.WITHOUT_FUSE}"
+        )
     return text

@@ -80,7 +80,20 @@ def load_recipe(path: Path, current: Path | None = None) -> Recipe:
         raise Place(origin, line).error(
             f"byte 0x{data[error.start]:02x} is not UTF-8; save the recipe as UTF-8 text"
         ) from None
-    return parse_recipe(text, origin, *_directories(path, current))
+    directories = _directories(path, current)
+    for known in (path, *directories):
+        _refuse_other_bytes(known, origin)
+    return parse_recipe(text, origin, *directories)
+
+
+def _refuse_other_bytes(path: Path, origin: str) -> None:
+    """Refuse a path that is no text: what is known of plans is kept as text, with the paths that it counts from."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            f"{origin}: the path {path} has bytes that are not UTF-8; rename the file or directory"
+        ) from None
 
 
 def _directories(path: Path, current: Path | None) -> tuple[Path, ...]:

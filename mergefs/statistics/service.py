@@ -36,8 +36,9 @@ from mergefs.statistics import thresholds
 from mergefs.statistics.histograms import histogram_keys, known_histogram, pack
 from mergefs.statistics.identity import digest, sources_of, statistic_keys, tensor_keys
 from mergefs.statistics.pair import TensorPair
-from mergefs.statistics.quantities import AboutQuantity, TensorStream, answer_quantities
+from mergefs.statistics.quantities import AboutQuantity, answer_quantities
 from mergefs.statistics.row_means import mean_row
+from mergefs.statistics.stream import TensorStream
 
 
 class StatisticsService:

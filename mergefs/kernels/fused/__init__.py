@@ -26,17 +26,19 @@ def prepare(
 ) -> None:
     """Compile, or load from the cache, the kernels of ``modules`` for the compute dtypes ``dtypes``.
 
-    A name without a dot is a module of this package, any other is absolute; each has a ``KERNEL``.
+    A name without a dot is a module of this package, any other is absolute; each has a ``KERNEL``, or ``KERNELS``.
     ``conversions`` are the pairs of a dtype and the one that it is converted to, from stored to compute and from
     compute to output. After this no read waits for a compiler. Dtypes without fused kernels are passed over.
     """
     wanted = tuple(dtype for dtype in dtypes if dtype in FUSED_DTYPES)
     for module in dict.fromkeys(modules) if wanted else ():
-        kernel: Kernel = importlib.import_module(module if "." in module else f"{__name__}.{module}").KERNEL
-        for dtype in wanted:
-            kernel.compiled(dtype)
-            if kernel.for_statistics:
-                kernel.compiled(dtype, F32)
+        found = importlib.import_module(module if "." in module else f"{__name__}.{module}")
+        kernels: tuple[Kernel, ...] = getattr(found, "KERNELS", None) or (found.KERNEL,)
+        for kernel in kernels:
+            for dtype in wanted:
+                kernel.compiled(dtype)
+                if kernel.for_statistics:
+                    kernel.compiled(dtype, F32)
     pairs = [pair for pair in conversions if pair[0] != pair[1] and set(pair) <= set(FUSED_DTYPES)]
     if pairs:
         from mergefs.kernels.fused.conversion import KERNEL

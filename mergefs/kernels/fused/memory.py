@@ -18,8 +18,8 @@ _STORAGE: Final[dict[DType, type[np.uint16] | type[np.int16] | type[np.uint32]]]
 _CACHE_LINE: Final = 64
 
 
-def address(raw: Raw) -> np.uint64:
-    """Return where the bytes of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive.
+def address(raw: NDArray[Any]) -> np.uint64:
+    """Return where the elements of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive.
 
     Of the very type that signatures have: for a Python integer numba would compile the kernel anew, as a signed one.
     """

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import aligned_bytes
-from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, rounded, signed_like
+from mergefs.kernels.fused.values import byte_at, loaded, magnitude_bits, narrowed, rounded, signed_like
 
 KEEP_ALL: Final = 0
 KEEP_LARGEST: Final = 1
 KEEP_RANDOM: Final = 2
+KEEP_MARKED: Final = 3
 NO_OUTLIER: Final = 0x7FFFFFFF
 """The largest pattern of a magnitude. Only a NaN reaches it, and whether a NaN is dropped makes no difference."""
 
@@ -44,6 +45,8 @@ class Expert(NamedTuple):
     """KEEP_RANDOM: of the stream."""
     limit: int = 0
     """KEEP_RANDOM: draws below it are kept."""
+    marks: np.uint64 = np.uint64(0)
+    """KEEP_MARKED: address of a byte for each element of the run, which is not 0 where it is kept."""
 
 
 class Settings(NamedTuple):
@@ -62,7 +65,7 @@ class Settings(NamedTuple):
     scale: float
 
 
-_EXPERT_TYPES = ("u8", "f4", "i8", "f4", "i8", "i8", "i8", "i8", "i8", "i8", "i8", "u8", "u8")
+_EXPERT_TYPES = ("u8", "f4", "i8", "f4", "i8", "i8", "i8", "i8", "i8", "i8", "i8", "u8", "u8", "u8")
 _SETTINGS_TYPES = ("u8", "i8", "i8", "i8", "f4", "i8", "f4")
 _EXPERT: Final = np.dtype(list(zip(Expert._fields, _EXPERT_TYPES, strict=True)), align=True)
 _SETTINGS: Final = np.dtype(list(zip(Settings._fields, _SETTINGS_TYPES, strict=True)), align=True)
@@ -176,6 +179,18 @@ def _add_random(
 
 
 @inlined
+def _add_marked(result: Any, expert: Any, first: Any, count: Any, base: Any, total: Any, deltas: Any) -> Any:
+    """Add the weighted deltas that are marked to ``total``."""
+    address, rescaled, rescale, weight = expert.address, expert.rescaled != 0, expert.rescale, expert.weight
+    marks = expert.marks
+    for i in range(count):
+        delta = rounded(loaded(address, first + i, result) - base[i], result)
+        delta = _weigh(delta, byte_at(marks, first + i) != 0, rescaled, rescale, weight, result)
+        deltas[i] = delta
+        total[i] += delta
+
+
+@inlined
 def _add_expert(
     result: Any, expert: Any, start: Any, first: Any, count: Any, base: Any, total: Any, deltas: Any
 ) -> Any:
@@ -184,6 +199,8 @@ def _add_expert(
         _add_largest(result, expert, start, first, count, base, total, deltas)
     elif expert.mask == KEEP_RANDOM:
         _add_random(result, expert, first, count, np.uint64(start), base, total, deltas)
+    elif expert.mask == KEEP_MARKED:
+        _add_marked(result, expert, first, count, base, total, deltas)
     else:
         _add_all(result, expert, first, count, base, total, deltas)
 

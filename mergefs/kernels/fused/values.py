@@ -207,6 +207,17 @@ def loaded(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
 
 
 @_instruction
+def byte_at(typing_context: Any, address: Any, index: Any) -> Any:
+    """Return byte ``index`` (uint64) of those at ``address`` (uint64)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        return builder.load(builder.gep(pointer, [arguments[1]]))
+
+    return types.uint8(types.uint64, types.uint64), generate
+
+
+@_instruction
 def rounded(typing_context: Any, value: Any, like: Any) -> Any:
     """Return a float32 rounded to the dtype of ``like``, as float32."""
     narrow = _ROUND[like.dtype]
