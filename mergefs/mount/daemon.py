@@ -224,9 +224,8 @@ class _Server:
 
     def _build(self) -> Tree:
         try:
-            with _signals_raise():
-                with made_to_stay():
-                    return self.build_tree()
+            with _signals_raise(), made_to_stay():
+                return self.build_tree()
         except _StoppedError as stopped:
             _end_like(stopped)
 
