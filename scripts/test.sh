@@ -12,11 +12,12 @@ programs=(strace rsync getfattr fusermount3)
 if [ "${1:-}" = --all ]; then
   all=yes
   heavy=()
-  programs+=(chromium)
+  programs+=(chromium curl libnuma.so.1)
   shift
 fi
 ensure_system "${programs[@]}"
 make_environment demo,test
+[ ${#heavy[@]} -gt 0 ] || make_vllm_environment
 say "ruff"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

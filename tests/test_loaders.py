@@ -5,7 +5,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,11 +14,13 @@ import pytest
 import torch
 from examples import METHODS, Families, FamilyKind
 from fake_uploads import fake_uploads
+from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 from mounting import mounted_recipes
 from recipes import recipe_document, write_document
+from runai_model_streamer import SafetensorsStreamer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensors import differing
+from tensors import differing, load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 import mergefs
@@ -130,6 +132,33 @@ def test_safetensors_reads_the_same_with_either_backend(loadable: Loadable, back
 
 
 # -- loaders that read past the page cache, with many threads ----------------------------------------------------------
+
+
+def stream_with_run_ai(paths: list[str]) -> dict[str, torch.Tensor]:
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(paths)
+        return {name: tensor.clone() for name, tensor in streamer.get_tensors()}
+
+
+def load_with_fastsafetensors(paths: list[str]) -> dict[str, torch.Tensor]:
+    loader = SafeTensorsFileLoader(SingleGroup(), "cpu", nogds=True)
+    loader.add_filenames({0: paths})
+    buffer = loader.copy_files_to_device()
+    try:
+        return {name: buffer.get_tensor(name).clone() for name in loader.get_keys()}
+    finally:
+        buffer.close()
+        loader.close()
+
+
+@pytest.mark.parametrize("load", [stream_with_run_ai, load_with_fastsafetensors])
+def test_a_streamer_loads_the_same_tensors(
+    loadable: Loadable, load: Callable[[list[str]], dict[str, torch.Tensor]]
+) -> None:
+    """Both open files with O_DIRECT where a file system lets them, as a mount does."""
+    for directory in (loadable.mounted, loadable.linked):
+        found = load([str(path) for path in sorted(directory.glob("*.safetensors"))])
+        assert differing(found, load_model(loadable.materialized)) == {}
 
 
 def read_direct(path: Path, threads: int, block: int) -> bytes:
