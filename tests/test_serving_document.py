@@ -20,22 +20,14 @@ import yaml
 from examples import METHODS, Families, FamilyKind
 from mounting import DEADLINE, adopt_orphans, clear_mounts_below, environment
 from recipes import recipe_document, write_document
+from serving_document import BLOCKS, DOCUMENT, blocks, moved
 
 import mergefs
 from mergefs.mount.mountinfo import find_mount
 
 pytestmark = pytest.mark.mounts
 
-DOCUMENT: Final = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-_BLOCK: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS: Final[list[tuple[str, str]]] = _BLOCK.findall(DOCUMENT)
 _ROOT: Final = os.geteuid() == 0
-
-
-def blocks(language: str) -> list[str]:
-    found = [text for kind, text in BLOCKS if kind == language]
-    assert found
-    return found
 
 
 class Machine:
@@ -64,8 +56,7 @@ class Machine:
         """Return ``text`` with the machine's directories in place of the system's."""
         if not _ROOT:  # the system's administrator must allow that
             text = text.replace("--allow-other ", "").replace("allow_other,", "")
-        text = text.replace("/usr/local/bin", f"{self.directory}/bin")
-        return re.sub(r"(?<![\w.])/(mnt|srv)\b", rf"{self.directory}/\1", text)
+        return moved(text, self.directory)
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
         adopt_orphans()
