@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from mount_load import LoadedModels, load, loaded_models
 
+pytestmark = pytest.mark.mounts
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedModels]:

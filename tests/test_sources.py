@@ -3,8 +3,11 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from mergefs.errors import SourceChangedError, SourceReadError
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
+from mergefs.sources import reader as reader_module
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.reader import SourceReader
 
@@ -178,17 +182,112 @@ def test_short_reads_of_the_system_are_put_together(tmp_path: Path, monkeypatch:
     reader.close()
 
 
-def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+class FailingDisk:
+    """Lets the first ``times`` reads fail, and notes the descriptors of all of them."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
+        self.descriptors: list[int] = []
+        real = os.preadv
+
+        def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            self.descriptors.append(descriptor)
+            if len(self.descriptors) <= times:
+                raise OSError(code, os.strerror(code))
+            return real(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", read)
+        monkeypatch.setattr(reader_module, "_PAUSES", (0.0, 0.0, 0.0))
+
+
+def test_a_disk_that_fails_is_tried_four_times_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = source(tmp_path / "file", b"x" * 100)
-    monkeypatch.setattr(os, "preadv", fail)
+    disk = FailingDisk(monkeypatch, errno.EIO, 100)
     ledger = Ledger()
     reader = SourceReader(ledger)
     with pytest.raises(SourceReadError, match=rf"{tmp_path / 'file'}: reading 50 bytes at offset 10 failed: Input"):
         reader.read(file, 10, 50, Purpose.EXPERT)
+    assert len(disk.descriptors) == 4
     assert ledger.totals().expert_bytes_read == 0
+    reader.close()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_fault_that_passes_is_a_line_in_the_log_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, times: int
+) -> None:
+    content = os.urandom(100)
+    file = source(tmp_path / "file", content)
+    FailingDisk(monkeypatch, errno.ETIMEDOUT, times)
+    ledger = Ledger()
+    reader = SourceReader(ledger)
+    assert reader.read(file, 10, 50, Purpose.EXPERT).tobytes() == content[10:60]
+    assert ledger.totals().expert_bytes_read == 50
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        said
+        == [
+            f"{file.path}: reading 50 bytes at offset 10 failed: Connection timed out; check the disk that it lies on; "
+            "trying again"
+        ]
+        * times
+    )
+    reader.close()
+
+
+def test_a_file_is_opened_anew_after_a_fault_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a network file system may be stale, and stays that until it is opened again."""
+    file = source(tmp_path / "file", b"x" * 100)
+    opened: list[Path] = []
+    real = os.open
+
+    def note(path: Path, *arguments: Any, **others: Any) -> int:
+        if path == file.path:
+            opened.append(path)
+        return real(path, *arguments, **others)
+
+    monkeypatch.setattr(os, "open", note)
+    FailingDisk(monkeypatch, errno.ESTALE, 2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = SourceReader(Ledger())
+    assert reader.read(file, 0, 100, Purpose.EXPERT).tobytes() == b"x" * 100
+    assert opened == [file.path] * 3
+    reader.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_what_does_not_pass_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = source(tmp_path / "file", b"x" * 100)
+    disk = FailingDisk(monkeypatch, errno.EISDIR, 100)
+    reader = SourceReader(Ledger())
+    with pytest.raises(SourceReadError, match="Is a directory"):
+        reader.read(file, 0, 100, Purpose.EXPERT)
+    assert len(disk.descriptors) == 1
+    reader.close()
+
+
+def test_a_disk_that_does_not_answer_holds_up_nobody_who_reads_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the file is to be opened: that can take as long as the disk wants."""
+    hanging, quick = source(tmp_path / "hanging", b"h" * 10), source(tmp_path / "quick", b"q" * 10)
+    begun, go_on = threading.Event(), threading.Event()
+    real = os.open
+
+    def hang(path: Path, *arguments: Any, **others: Any) -> int:
+        if path == hanging.path:
+            begun.set()
+            assert go_on.wait(60)
+        return real(path, *arguments, **others)
+
+    monkeypatch.setattr(os, "open", hang)
+    reader = SourceReader(Ledger())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reader.read, hanging, 0, 10, Purpose.EXPERT)
+        assert begun.wait(60)
+        assert reader.read(quick, 0, 10, Purpose.EXPERT).tobytes() == b"q" * 10
+        assert not waiting.done()
+        go_on.set()
+        assert waiting.result(60).tobytes() == b"h" * 10
     reader.close()
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from mergefs.checkpoint.source import AuxiliaryFile
+from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.engine.engine import Engine
 from mergefs.engine.resources import Resources
 from mergefs.planner.documents import documents
@@ -49,6 +50,14 @@ class ModelFiles:
         if isinstance(content, AuxiliaryFile):
             return content.fingerprint.size
         return next(file.size for file in self.plan.files if file.name == name)
+
+    @property
+    def read_files(self) -> frozenset[tuple[Path, Fingerprint]]:
+        """The files that are read for it, as they were when it was planned."""
+        weights = (file for source in self.plan.sources for file in source.checked_files)
+        copied = (content for content in self._contents.values() if isinstance(content, AuxiliaryFile))
+        files = (*weights, *copied, *self.plan.plane_files)
+        return frozenset((file.path, file.fingerprint) for file in files)
 
     def is_merged(self, name: str) -> bool:
         """Return whether ``name`` is a weight file."""

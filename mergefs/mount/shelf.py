@@ -169,7 +169,11 @@ class Shelf:
             return shown.target
 
     def _add(self, directory: ShownDirectory) -> str:
-        """Keep a directory, under the id of its plan where that is not taken by another text of the same recipe."""
+        """Keep a directory, under the id of its plan where that is not taken by another text of the same recipe.
+
+        A plan that is known by its contents has the same id when its files have been replaced by copies. The directory
+        that reads those takes the place of the one that would go on to say that its files have changed.
+        """
         if isinstance(directory, ModelDirectory):
             plan = directory.files.plan
             target = plan.plan_id
@@ -178,7 +182,9 @@ class Shelf:
                 target = f"{target}-{blake3(plan.recipe.text.encode()).hexdigest(length=4)}"
         else:
             target = f"error-{directory.attributes('').inode:x}"
-        self._directories.setdefault(target, directory)
+        kept = self._directories.get(target)
+        if kept is None or _read_files(kept) != _read_files(directory):
+            self._directories[target] = directory
         self._directories.move_to_end(target)
         return target
 
@@ -192,6 +198,11 @@ class Shelf:
         ]
         for target in unused[: max(len(unused) - _RETIRED, 0)]:
             del self._directories[target]
+
+
+def _read_files(directory: ShownDirectory) -> frozenset[tuple[Path, Fingerprint]]:
+    """Return the files that a directory is read from, as they were when it was made."""
+    return directory.files.read_files if isinstance(directory, ModelDirectory) else frozenset()
 
 
 def _files_at(path: Path) -> Sequence[Path]:

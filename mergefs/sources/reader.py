@@ -2,12 +2,15 @@
 
 A file is checked against the fingerprint that the plan was made from when it is opened, and again on request; after
 each read its size and the time of its last change are looked at once more, and blocks of tensors whose hashes are known
-are held against them. What cannot be read becomes one of two errors: the file changed, or the operating system failed.
+are held against them. What cannot be read becomes one of two errors: the file changed, or the operating system failed;
+that may pass, so it is tried again first.
 """
 
 import errno
+import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +28,8 @@ from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 
+_LOG = logging.getLogger(__name__)
+
 SourceFile = Shard | AuxiliaryFile
 
 _KEPT_BYTES = 64 * 2**20
@@ -39,12 +44,34 @@ _ADVICE = {
 }
 
 
+_PAUSES = (0.05, 0.2, 0.5)
+"""Seconds to wait before a read that has failed is tried again, each time: whoever maps a mount dies of an error."""
+
+_PASSING = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOTCONN,
+        errno.ESTALE,  # of a network file system, whose files then have to be opened again
+        errno.ETIMEDOUT,
+    }
+)
+"""What may be over a moment later."""
+
+_Key = tuple[Path, Fingerprint, int]
+
+
 @dataclass(slots=True)
 class _OpenFile:
-    """A descriptor and how many reads are using it."""
+    """A descriptor and how many reads are using it; of one that is ``given_up`` the last of them closes it."""
 
     descriptor: int
     users: int = 0
+    given_up: bool = False
 
 
 class SourceReader:
@@ -66,7 +93,7 @@ class SourceReader:
         self._shared = shared
         self._limit = open_files
         self._lock = threading.Lock()
-        self._files: OrderedDict[tuple[Path, Fingerprint, int], _OpenFile] = OrderedDict()
+        self._files: OrderedDict[_Key, _OpenFile] = OrderedDict()
         self._kept = BlockCache(_KEPT_BYTES)
         self._paid: set[tuple[Path, Fingerprint, int, int]] = set()
 
@@ -82,15 +109,29 @@ class SourceReader:
         """Return the bytes of ``pieces`` (offset, size) one after the other, as ``read`` does those of one."""
         total = sum(size for _, size in pieces)
         buffer: Raw = np.empty(total, dtype=np.uint8)
-        view = buffer.data
-        with self._borrow(source, _ADVICE[purpose]) as descriptor:
-            done = 0
+        for pause in _PAUSES:
+            try:
+                self._fill(buffer, source, pieces, _ADVICE[purpose])
+                break
+            except SourceReadError as error:
+                if not _may_pass(error):
+                    raise
+                _LOG.warning("%s; trying again", error)
+            self._give_up((source.path, source.fingerprint, _ADVICE[purpose]))
+            time.sleep(pause)
+        else:
+            self._fill(buffer, source, pieces, _ADVICE[purpose])
+        self._ledger.record_read(purpose, total, source.path)
+        return buffer
+
+    def _fill(self, buffer: Raw, source: SourceFile, pieces: Sequence[tuple[int, int]], advice: int) -> None:
+        """Read the bytes of ``pieces`` into all of ``buffer``."""
+        view, done = buffer.data, 0
+        with self._borrow(source, advice) as descriptor:
             for offset, size in pieces:
                 _fill(view[done : done + size], source, descriptor, offset)
                 done += size
             _refuse_written(source, os.fstat(descriptor))
-        self._ledger.record_read(purpose, total, source.path)
-        return buffer
 
     def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
         """Return the elements ``start`` to ``stop`` (flat indices) of a tensor of ``shard``, not to be written to.
@@ -141,18 +182,38 @@ class SourceReader:
     def _borrow(self, source: SourceFile, advice: int) -> Iterator[int]:
         """Lend an open descriptor that nobody closes meanwhile."""
         key = (source.path, source.fingerprint, advice)
-        with self._lock:
-            file = self._files.get(key)
-            if file is None:
-                file = self._files[key] = _OpenFile(_open_checked(source, advice))
-            self._files.move_to_end(key)
-            file.users += 1
+        file = self._use(key, None) or self._use(key, _OpenFile(_open_checked(source, advice)))
+        assert file is not None
         try:
             yield file.descriptor
         finally:
             with self._lock:
                 file.users -= 1
+                if file.given_up and file.users == 0:
+                    os.close(file.descriptor)
                 self._evict()
+
+    def _use(self, key: _Key, opened: _OpenFile | None) -> _OpenFile | None:
+        """Return the file that is open under ``key``, else ``opened``, for a read that uses it."""
+        with self._lock:
+            file = self._files.get(key)
+            if file is None and opened is not None:
+                file = self._files[key] = opened
+            if file is not None:
+                self._files.move_to_end(key)
+                file.users += 1
+        if opened is not None and file is not opened:  # another read was quicker
+            os.close(opened.descriptor)
+        return file
+
+    def _give_up(self, key: _Key) -> None:
+        """Have the next read open a file anew."""
+        with self._lock:
+            file = self._files.pop(key, None)
+            if file is not None:
+                file.given_up = True
+                if file.users == 0:
+                    os.close(file.descriptor)
 
     def _evict(self) -> None:
         """Close the longest unused files above the limit; files in use stay."""
@@ -180,6 +241,11 @@ def _fill(view: memoryview, source: SourceFile, descriptor: int, offset: int) ->
                 "restore the file, or plan again"
             )
         done += count
+
+
+def _may_pass(error: SourceReadError) -> bool:
+    """Return whether what the operating system failed with may be over a moment later."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING
 
 
 def check_unchanged(sources: Iterable[SourceFile]) -> None:
