@@ -197,6 +197,15 @@ def test_ab_compares_recipes_variants_and_directories(models: Family, recipe: Pa
     assert "prompt 'the '" in told.stdout
 
 
+def test_ab_says_the_same_on_a_gpu_as_on_the_processor(recipe: Path, text: Path, tmp_path: Path) -> None:
+    """Where there is no GPU, ``auto`` is the processor, too."""
+    models = (recipe, f"{recipe}@weight.1=1.5", "--text", text)
+    first, second = (run("ab", *models, "--device", device, state=tmp_path / "state") for device in ("cpu", "auto"))
+    for one, other in zip(first, second, strict=True):
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    assert second[1]["divergence"]["kl"] == pytest.approx(first[1]["divergence"]["kl"], rel=1e-2)
+
+
 def test_sweep_runs_every_combination_and_saves_a_table_and_a_picture(recipe: Path, text: Path, tmp_path: Path) -> None:
     table, picture = tmp_path / "grid.csv", tmp_path / "grid.png"
     axes = ("--set", "lambda=0.5,1", "--set", "budget=30%,100%")
