@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Final
 
 from bench.machine import described
-from bench.markdown import Target, table
+from bench.markdown import Target, rate, table
 from bench.results import Results
-from bench.sections import peers
+from bench.rows.disk import CACHED, READ, WRITE, disk_name
+from bench.sections import budgets, footprint, mounts, peers, threads, variants
 from bench.setting import Setting
 from mergefs.errors import MergefsError
 
 BEGIN: Final = "<!-- measured by scripts/bench.py compare: begin -->"
 END: Final = "<!-- measured by scripts/bench.py compare: end -->"
 
-_SECTIONS: Final = (peers,)
+_SECTIONS: Final = (peers, budgets, mounts, variants, threads, footprint)
 _VERDICTS: Final = {True: "met", False: "**missed**", None: "not measured"}
 
 
@@ -21,10 +22,10 @@ def write_page(document: Path, setting: Setting, results: Results) -> None:
     """Write the measured part of a page anew. Raises MergefsError where the page has no place for it."""
     targets = [target for section in _SECTIONS for target in section.targets(setting, results)]
     parts = [
-        _machine(setting),
+        _machine(setting, results),
         "## What is aimed at\n",
         table(("target", "measured", ""), (_row(target) for target in targets), words=3),
-        *(section.section(setting, results) for section in _SECTIONS),
+        *filter(None, (section.section(setting, results) for section in _SECTIONS)),
     ]
     text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
     document.write_text(with_measured(text, "\n".join(parts)), encoding="utf-8")
@@ -43,7 +44,15 @@ def _row(target: Target) -> tuple[str, str, str]:
     return target.claim, target.measured, _VERDICTS[target.met]
 
 
-def _machine(setting: Setting) -> str:
-    """Return what the machine is, as a table."""
+def _machine(setting: Setting, results: Results) -> str:
+    """Return what the machine is, and what its disk gives, as a table."""
     rows = [(name, value) for name, value in described(setting.work).items()]
+    name = disk_name(setting)
+    speeds = []
+    for way in (WRITE, READ, CACHED):
+        value, taken = results.median(name, way), results.taken(name, way)
+        if value is not None:
+            speeds.append(f"{way} {rate(taken[0].facts['bytes'], value)} GB/s")
+    if speeds:
+        rows.append(("plain copying", ", ".join(speeds)))
     return "## The machine\n\n" + table(("", ""), rows, words=2)

@@ -88,3 +88,8 @@ class Results:
     def peak(self, row: str, way: str) -> int:
         """Return the most memory that any round took, 0 where nothing was measured."""
         return max((taken.peak_bytes for taken in self.taken(row, way)), default=0)
+
+    def peaks(self, wanted: Callable[[str], bool]) -> dict[tuple[str, str], int]:
+        """Return the most memory of each row and way whose way is wanted, where it was measured."""
+        found = {key: max(taken.peak_bytes for taken in all_taken) for key, all_taken in self._taken.items()}
+        return {key: peak for key, peak in found.items() if peak and wanted(key[1])}

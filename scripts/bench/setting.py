@@ -16,7 +16,7 @@ TINY: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured: numbers of experts, budgets in percent, and variants of a recipe.
+    """How much is measured: numbers of experts, budgets in percent, variants of a recipe, and methods.
 
     ``main`` is the number of experts wherever one number is enough, ``counts`` those of the comparison of all methods,
     ``sweep`` those under one budget, ``budgeted`` the number of experts that all ``budgets`` are tried with.
@@ -28,9 +28,18 @@ class Extent:
     budgeted: int = 8
     budgets: tuple[int, ...] = (100, 50, 25, 10, 5, 1)
     variants: int = 10
+    methods: tuple[str, ...] = ("linear", "task_arithmetic", "ties", "slerp", "model_stock", "dare_ties", "della")
 
 
-SMOKE: Final = Extent(main=2, counts=(2,), sweep=(2, 3), budgeted=2, budgets=(100, 10), variants=2)
+SMOKE: Final = Extent(
+    main=2,
+    counts=(2,),
+    sweep=(2, 3),
+    budgeted=2,
+    budgets=(100, 10),
+    variants=2,
+    methods=("linear", "ties", "slerp", "dare_ties"),
+)
 
 
 @dataclass(frozen=True, slots=True)

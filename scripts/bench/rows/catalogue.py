@@ -4,24 +4,30 @@ from fnmatch import fnmatch
 
 from bench.recipes import METHODS, Method
 from bench.rounds import Row
-from bench.rows import peers
+from bench.rows import budgets, disk, mounts, peers, threads, variants
 from bench.setting import Setting
 
 
 def all_rows(setting: Setting) -> list[Row]:
     """Return every row, in the order in which they are measured."""
-    main = setting.extent.main
-    ties, linear = (peers.merging(setting, method, main, setting.large) for method in ("ties", "linear"))
-    rows = [
-        peers.starting(setting, "ties"),
-        ties,
-        peers.starting(setting, "linear"),
-        linear,
-        peers.merging(setting, "ties", main, setting.small),
+    main, large, small = setting.extent.main, setting.large, setting.small
+    rows = [disk.plain(setting)]
+    for method in ("ties", "linear"):
+        rows += [peers.starting(setting, method), peers.merging(setting, method, main, large)]
+    rows += [
+        peers.merging(setting, "ties", main, small),
+        budgets.spending(setting, slow=True),
+        mounts.mounting(setting, "ties"),
+        variants.varying(setting),
+        *(threads.threading(setting, method) for method in threads.METHODS),
+        budgets.growing(setting),
+        mounts.mounting(setting, "linear"),
+        budgets.spending(setting, slow=False),
     ]
-    rows += [peers.starting(setting, method) for method in METHODS]
-    for size in (setting.small, setting.large):
-        for method in METHODS.values():
+    methods = [METHODS[name] for name in setting.extent.methods]
+    rows += [peers.starting(setting, method.name) for method in methods]
+    for size in (small, large):
+        for method in methods:
             rows += [peers.merging(setting, method.name, count, size) for count in counts_of(setting, method)]
     return _first_of_each(rows)
 
