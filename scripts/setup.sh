@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv, installs the package there, and sees to libfuse; makes .venv-vllm.
+# Sourced by the other scripts: makes .venv, installs the package there, and sees to libfuse; makes .venv-vllm and .venv-transformers-4.
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 
@@ -69,6 +69,20 @@ make_vllm_environment() {
   rm -rf "$site"/vllm-[0-9]*.dist-info
   mkdir "$site/vllm-$version.dist-info"
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$site/vllm-$version.dist-info/METADATA"
+  printf '%s' "$wanted" >"$stamp"
+}
+
+# Makes .venv-transformers-4, a directory for PYTHONPATH that makes of .venv one with an older transformers.
+make_transformers_4() {
+  local directory=.venv-transformers-4 stamp wanted
+  stamp=$directory/.mergefs
+  wanted=$(cksum <scripts/constraints-transformers-4.txt)
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    return
+  fi
+  say "installing transformers 4 into $directory"
+  rm -rf $directory
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target $directory -r scripts/constraints-transformers-4.txt
   printf '%s' "$wanted" >"$stamp"
 }
 

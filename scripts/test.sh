@@ -17,7 +17,10 @@ if [ "${1:-}" = --all ]; then
 fi
 ensure_system "${programs[@]}"
 make_environment demo,test
-[ ${#heavy[@]} -gt 0 ] || make_vllm_environment
+if [ -n "$all" ]; then
+  make_vllm_environment
+  make_transformers_4
+fi
 say "ruff"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

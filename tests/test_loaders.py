@@ -15,7 +15,7 @@ import torch
 from examples import METHODS, Families, FamilyKind
 from fake_uploads import fake_uploads
 from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-from mounting import mounted_recipes
+from mounting import ROOT, mounted_recipes
 from recipes import recipe_document, write_document
 from runai_model_streamer import SafetensorsStreamer
 from safetensors import safe_open
@@ -29,6 +29,7 @@ from mergefs.materialize.materialize import materialize
 
 pytestmark = pytest.mark.mounts
 
+OLD_TRANSFORMERS: Final = ROOT / ".venv-transformers-4"
 PAGE: Final = mmap.PAGESIZE
 SENTENCE: Final = "w5 w17 w90 w42 w8"
 
@@ -73,6 +74,7 @@ def loadable(tmp_path_factory: pytest.TempPathFactory, catalogs: Path, families:
 
 # -- transformers -----------------------------------------------------------------------------------------------------
 
+# transformers 5 reads tensors with several threads unless it is told not to.
 WAYS: Final[Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]] = {
     "as it is": ({}, {}),
     "in the dtype of its files": ({"dtype": "auto"}, {}),
@@ -81,7 +83,6 @@ WAYS: Final[Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]]] = {
     "without mmap": ({"disable_mmap": True}, {}),
     "with mmap": ({"disable_mmap": False}, {}),
     "onto a device": ({"device_map": "cpu"}, {}),
-    "in parallel": ({}, {"HF_ENABLE_PARALLEL_LOADING": "true", "HF_PARALLEL_LOADING_WORKERS": "4"}),
     "one after the other": ({}, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
 }
 
@@ -98,9 +99,30 @@ def test_transformers_loads_the_same_tensors(loadable: Loadable, monkeypatch: py
         assert differing(found.state_dict(), expected.state_dict()) == {}
 
 
+@pytest.mark.heavy
+def test_transformers_4_loads_the_same_tensors_from_files_side_by_side(loadable: Loadable, tmp_path: Path) -> None:
+    assert (OLD_TRANSFORMERS / ".mergefs").exists(), f"{OLD_TRANSFORMERS} is not there: run scripts/test.sh --all"
+    directories = (loadable.mounted, loadable.linked, loadable.materialized)
+    outs = [tmp_path / f"{number}.safetensors" for number in range(len(directories))]
+    words = [word for pair in zip(directories, outs, strict=True) for word in pair]
+    variables = {"PYTHONPATH": str(OLD_TRANSFORMERS), "HF_ENABLE_PARALLEL_LOADING": "true"}
+    done = subprocess.run(
+        [sys.executable, "-P", ROOT / "tests" / "old_transformers.py", *words],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    files = len(list(loadable.materialized.glob("*.safetensors")))
+    assert done.stdout.split() == [str(files)] * len(directories)
+    for out in outs:
+        assert differing(load_file(out), load_model(loadable.materialized)) == {}
+
+
 def test_a_state_dict_loads_without_a_mount(loadable: Loadable) -> None:
     """What is used where there is no FUSE."""
-    state = mergefs.load_state_dict(loadable.recipe, catalog=loadable.catalog)
+    state = mergefs.load_state_dict(loadable.recipe, device="cpu", catalog=loadable.catalog)
     config = LlamaConfig.from_pretrained(loadable.materialized)
     found: Any = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     expected: Any = AutoModelForCausalLM.from_pretrained(loadable.materialized)

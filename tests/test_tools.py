@@ -38,6 +38,7 @@ SAME_OUTPUT: Final = (
     "ls -la model/ | awk '/^-/ {print $2, $5, $9}'",
     "ls model/nothing",
     "tar -chf - model | tar -tf - | sort",
+    "tar -chf - --format=ustar --sort=name --owner=0 --group=0 --mode=644 --mtime=@0 model | sha256sum",
     "tar -czf - -C model . | tar -xzOf - ./config.json",
     "du -cb -L model/* | tail -1",
     'file() { head -c 9 "$1" | od -c; }; file model/model-00001-of-00003.safetensors',
@@ -52,6 +53,7 @@ SAME_OUTPUT: Final = (
     "cd model && pwd > /dev/null && echo *",
 )
 COPIES: Final = (
+    "cp -r model/ OUT",
     "cp -rL model OUT",
     "mkdir OUT && cp -a model/. OUT",
     "mkdir OUT && cp --reflink=auto --sparse=always model/* OUT",
