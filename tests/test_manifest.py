@@ -19,7 +19,6 @@ from sentences import said_by
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
-from mergefs.cli import materialize as materialize_command
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import UsageError, VerificationError
 from mergefs.materialize import weights
@@ -133,9 +132,10 @@ def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
         recipe = write_recipe(place / "recipe.yml", merge, relative)
         monkeypatch.chdir(place)
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
-        monkeypatch.setattr(materialize_command, "_CACHE_SIZE", chunk * 1000)
         monkeypatch.setattr(weights, "CHUNK", chunk * PIECE)
-        said = said_by("--catalog", place / "catalog", "materialize", recipe.name, "out")
+        said = said_by(
+            "--catalog", place / "catalog", "materialize", "--memory", f"{600 + chunk}MiB", recipe.name, "out"
+        )
         assert said.status == 0, said.stderr
         kept.append({path.name: path.read_bytes() for path in (place / "out").iterdir()})
         if number:

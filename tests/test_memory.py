@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import Family
-from mounting import mounted_recipes
+from mounting import environment, mounted_recipes
 from recipes import Merge, recipe_document, write_document, write_recipe
 
 from mergefs.checkpoint.dtypes import BF16
@@ -43,6 +43,15 @@ MERGES = {
     "task_arithmetic": Merge("task_arithmetic", ({"weight": 0.5}, {"weight": 0.3}, {"weight": 0.2})),
     "ties": Merge("ties", tuple({"weight": weight, "density": 0.4} for weight in (0.5, 0.3, 0.2))),
 }
+
+_MATERIALIZE = """
+import sys
+from pathlib import Path
+from mergefs.cli import main
+status = main(sys.argv[1:])
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")))
+sys.exit(status)
+"""
 
 _READ_ALL = """
 import pathlib, sys
@@ -111,6 +120,27 @@ def test_reading_a_mount_takes_no_more_memory_than_its_cache_and_300_mb(
         peak = peak_memory(mount.pid)
     print(f"{name}, {readers} readers: {peak / 10**6:.0f} MB")
     assert peak < ALLOWED
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_writing_a_model_that_is_larger_than_the_memory_for_it_keeps_to_that(
+    models: Family, tmp_path: Path, name: str
+) -> None:
+    """Of models that nobody knows, so that as much as possible is held of them."""
+    limit = 512 * 2**20
+    assert limit < WEIGHT_BYTES
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES[name], models)
+    options = ["--threads", "2", "--memory", str(limit)]
+    result = subprocess.run(
+        [sys.executable, "-c", _MATERIALIZE, "materialize", "--quiet", *options, str(recipe), str(tmp_path / "out")],
+        env=environment(tmp_path / "state"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak = int(result.stdout.split()[1]) * 1024
+    print(f"{name}: {peak / 10**6:.0f} MB")
+    assert peak <= limit
 
 
 def test_neither_does_a_merge_of_slices_of_another_merge(models: Family, tmp_path: Path) -> None:

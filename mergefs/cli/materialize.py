@@ -9,6 +9,7 @@ import click
 from mergefs.cli.options import (
     MERGEKIT_EPILOG,
     PlanArguments,
+    Size,
     multi_arguments,
     plan_arguments,
     verify_reads_option,
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from mergefs.materialize.materialize import Materialized
     from mergefs.planner.plan import MergePlan
 
-_CACHE_SIZE = 256 * 2**20
-"""Blocks are used once, so only those at the edges of a chunk need keeping."""
-
 
 @click.command(name="materialize", epilog=MERGEKIT_EPILOG)
 @click.argument("paths", metavar="RECIPE... OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -32,6 +30,20 @@ _CACHE_SIZE = 256 * 2**20
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there, in one step.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run has left, as far as hashes prove it.")
 @click.option("--fresh", is_flag=True, help="Throw away what an interrupted run has left.")
+@click.option(
+    "--memory",
+    type=Size(),
+    default="2GiB",
+    show_default=True,
+    metavar="S",
+    help="Memory that the process may take, however large the models are.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that compute at a time.  [default: one for each processor]",
+)
 @verify_reads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
@@ -43,21 +55,23 @@ def command(
     overwrite: bool,
     resume: bool,
     fresh: bool,
+    memory: int,
+    threads: int | None,
     verify_reads: bool,
     as_json: bool,
 ) -> None:
     """Write merged models to disk, each all or nothing.
 
     One RECIPE is written to OUT itself; several, or a directory of recipes, to a directory each below OUT. The bytes
-    are those that a mount of the same recipe shows. Models that have not been analysed are hashed first, so that the
-    result can be told by its hash on any machine; --no-verify-reads leaves that out.
+    are those that a mount of the same recipe shows. Models that have not been analysed are hashed as they are read, so
+    that the result can be told by its hash on any machine; --no-verify-reads leaves that out.
     """
     from mergefs.cli.output import print_json
     from mergefs.mount.recipe_files import expand_recipes, unique_names
 
     if resume and fresh:
         raise click.UsageError("--resume goes on with what --fresh throws away; give one of them")
-    how = _How(overwrite, resume, fresh, verify_reads)
+    how = _How(overwrite, resume, fresh, memory, threads, verify_reads)
     recipes, out = (paths, out_path) if out_path is not None else (paths[:-1], paths[-1])
     if not recipes:
         raise click.UsageError(f"there is no OUT beside {paths[0]}; name the directory to write the model to")
@@ -79,6 +93,8 @@ class _How:
     overwrite: bool
     resume: bool
     fresh: bool
+    memory: int
+    threads: int | None
     verify_reads: bool
 
 
@@ -89,17 +105,22 @@ def _materialize(
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
+    from mergefs.engine.allocator import limit_arenas
     from mergefs.engine.workspace import Workspace
-    from mergefs.materialize.materialize import Interrupted, materialize
+    from mergefs.materialize.materialize import Interrupted, default_threads, materialize
+    from mergefs.materialize.memory import Memory
     from mergefs.planner.targets import plan_target
 
+    limit_arenas()
+    threads = how.threads or default_threads()
+    memory = Memory.of(how.memory, threads)
     catalog = Catalog(settings.catalog or default_location())
-    workspace = Workspace.create(catalog, _CACHE_SIZE, how.verify_reads)
+    workspace = Workspace.create(catalog, memory.cache, how.verify_reads, memory.held)
     interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:
-            plan = plan_target(recipe, arguments.options(), workspace, listener, how.verify_reads)
-            return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted)
+            plan = plan_target(recipe, arguments.options(), workspace, listener)
+            return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted, threads)
     except MaterializeError:
         raise  # which says itself how to go on
     except BaseException:

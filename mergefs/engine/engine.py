@@ -115,6 +115,23 @@ class Engine:
             self._coefficients_of(tensor)
         self._prepared.add(name)
 
+    def forget_tensor(self, name: str) -> None:
+        """Let go of what is held of a tensor's inputs: all of it has been read."""
+        for stored in self.plan.tensors[name].stored():
+            self._resources.reader.forget(stored.shard, stored.tensor)
+
+    def will_read(self, name: str, offset: int, size: int) -> None:
+        """Let the system begin to read what a range of a weight file is computed from."""
+        file = self._files[name]
+        position, end = max(offset, len(file.header)), min(offset + size, file.size)
+        while position < end:
+            tensor, begin = self._tensor_at(file, position)
+            stop = min(end - begin, tensor.nbytes)
+            self._inputs.will_read(
+                tensor, (position - begin) // tensor.dtype.itemsize, -(-stop // tensor.dtype.itemsize)
+            )
+            position = begin + stop
+
     def check_sources(self) -> None:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
         check_unchanged(file for source in self.plan.sources for file in source.checked_files)

@@ -85,6 +85,12 @@ class InputReader:
         start, stop = tensor.grid.bounds(block)
         return place.read(self._reader, start, stop, purpose)
 
+    def will_read(self, tensor: TensorPlan, start: int, stop: int) -> None:
+        """Let the system begin to read the elements ``start`` to ``stop`` of every input that is read as a whole."""
+        if tensor.selection is None:
+            for place in tensor.places:
+                place.will_read(self._reader, start, stop)
+
     def _assembled(
         self, tensor: TensorPlan, selection: Selection, index: int, block: int, instead: Run, purpose: Purpose
     ) -> Raw:

@@ -7,17 +7,19 @@ from typing import Final, TypeVar
 from mergefs.catalog.catalog import Catalog
 from mergefs.engine.room import Room
 from mergefs.sources.cache import BlockCache
+from mergefs.sources.holding import HeldBlocks
 from mergefs.sources.ledger import Ledger
 from mergefs.sources.reader import SourceReader
 from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
+from mergefs.statistics.contents import learned_hashes
 from mergefs.statistics.identity import known_blocks
 from mergefs.statistics.service import StatisticsService
 
 DEFAULT_CACHE_SIZE: Final = 2**30
 SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 """Room for the blocks that parallel readers are in the middle of; with less, each would be computed again and again."""
-_WORKING_MEMORY: Final = 64 * 2**20
+WORKING_MEMORY: Final = 64 * 2**20
 """For blocks that are being computed: enough for a dozen at once of three experts and their base."""
 _WORKERS: Final = 32
 """Blocks that may be computed at once: more than there are cores, since most wait where sources lie on a slow disk."""
@@ -27,7 +29,11 @@ _Resources = TypeVar("_Resources", bound="Resources")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Shared by every engine of a process. ``room`` is the memory in which blocks are computed."""
+    """Shared by every engine of a process.
+
+    ``room`` is the memory in which blocks are computed, ``held_size`` what is held of tensors that are analysed;
+    ``learns`` says whether hashes of what is read are kept where nobody knows them.
+    """
 
     catalog: Catalog
     ledger: Ledger
@@ -36,20 +42,30 @@ class Resources:
     shared: SharedBlocks
     statistics: StatisticsService
     room: Room
+    held_size: int
+    learns: bool
 
     @classmethod
     def create(
-        cls: type[_Resources], catalog: Catalog, cache_size: int = DEFAULT_CACHE_SIZE, verify_reads: bool = True
+        cls: type[_Resources],
+        catalog: Catalog,
+        cache_size: int = DEFAULT_CACHE_SIZE,
+        verify_reads: bool = True,
+        held_size: int = 0,
     ) -> _Resources:
         """Return resources with a ledger and a cache of their own.
 
-        ``verify_reads`` holds every block that is read against its hash, where an analysis has kept one.
+        ``verify_reads`` holds every block that is read against its hash, where an analysis has kept one. Who reads all
+        of a merge once, from its beginning to its end, gives a ``held_size``: so many bytes that are read for analysis
+        are held until they are merged, and what is read then tells the hashes of tensors that have none.
         """
         ledger = Ledger()
-        check = BlockCheck(partial(known_blocks, catalog=catalog)) if verify_reads else None
+        learned = learned_hashes(catalog) if held_size else None
+        check = BlockCheck(partial(known_blocks, catalog=catalog), learned) if verify_reads else None
         cache = BlockCache(cache_size)
         shared = SharedBlocks(cache)
-        reader = SourceReader(ledger, check=check, shared=shared)
+        held = HeldBlocks(held_size) if held_size else None
+        reader = SourceReader(ledger, check=check, shared=shared, held=held)
         return cls(
             catalog=catalog,
             ledger=ledger,
@@ -57,7 +73,9 @@ class Resources:
             cache=cache,
             shared=shared,
             statistics=StatisticsService(catalog, reader),
-            room=Room(_WORKING_MEMORY, _WORKERS),
+            room=Room(WORKING_MEMORY, _WORKERS),
+            held_size=held_size,
+            learns=learned is not None and verify_reads,
         )
 
     def close(self) -> None:

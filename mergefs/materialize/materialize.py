@@ -38,6 +38,7 @@ from mergefs.planner.keeping import keep_plan
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
+from mergefs.statistics.contents import identify
 from mergefs.statistics.identity import content_identity
 from mergefs.units import format_size
 
@@ -79,8 +80,11 @@ def materialize(
     overwrite: bool = False,
     progress: Progress | None = None,
     interrupted: Interrupted = Interrupted.REFUSE,
+    threads: int | None = None,
 ) -> Materialized:
     """Write the model of ``plan`` to ``destination``, which appears complete or not at all.
+
+    At most ``threads`` compute at a time, as many as there are processors where that is None.
 
     Raises MaterializeError when the destination is in the way or the disk fails, NonFiniteError and SourceChangedError
     for what the sources do; the destination is then as it was, and what is finished is kept for a run that resumes.
@@ -103,7 +107,7 @@ def materialize(
         _check_contents(destination, overwrite)
         if journal is not None and not (resumed and is_work_of(journal.work, plan)):
             raise refuse_unfinished(stage, journal, plan)
-        run = _Run(plan, files, resources, stage, progress or Silence(), journal)
+        run = _Run(plan, files, resources, stage, progress or Silence(), journal, threads or default_threads())
         manifest, written = run.write()
     return Materialized(
         directory=destination,
@@ -117,6 +121,11 @@ def materialize(
     )
 
 
+def default_threads() -> int:
+    """Return how many threads compute where nobody says: one for each processor."""
+    return max(1, os.cpu_count() or 1)
+
+
 class _Run:
     """One run of the work, from the first byte to the commit, behind what ``journal`` tells of."""
 
@@ -128,7 +137,9 @@ class _Run:
         stage: Staging,
         progress: Progress,
         journal: Recorded | None,
+        threads: int,
     ) -> None:
+        self._threads = threads
         self._plan = plan
         self._files = files
         self._resources = resources
@@ -198,13 +209,15 @@ class _Run:
         self._progress.start("writing", self._total)
         proven = {} if self._recorded is None else self._recorded.pieces
         writer = ModelWriter(self._files, self._stage.model, journal, proven, self._progress, self._spent)
-        write_models([writer], max(1, os.cpu_count() or 1))
+        write_models([writer], self._threads, self._resources.held_size)
         written = writer.written()
         _check_sources(self._files)  # what was written to meanwhile may have been read before and after
         content = content_identity(
             [(name, entry.dtype, entry.shape, written.contents[name]) for name, entry in written.tensors.items()]
         )
         catalog = self._resources.catalog
+        if self._resources.learns:  # what was not read while it was merged is read now
+            identify(self._plan.sources, catalog, self._resources.reader, self._progress)
         contents = known_contents(self._plan, catalog)
         manifest = Manifest.create(
             self._plan.asked, contents, content, __version__, self._cost(), written.files, written.tensors
@@ -221,7 +234,8 @@ class _Run:
         return manifest, written
 
     def _spent(self) -> Read:
-        """Return what this run has read so far."""
+        """Keep what was learned of the inputs so far, and return what this run has read."""
+        self._resources.catalog.flush()
         now = self._resources.ledger.totals()
         number = 0 if self._recorded is None else max(self._recorded.read, default=-1) + 1
         return Read(

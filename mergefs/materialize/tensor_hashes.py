@@ -24,23 +24,26 @@ class TensorHashes:
     def __post_init__(self) -> None:
         self._begin()
 
-    def update(self, offset: int, view: memoryview) -> None:
-        """Take the next bytes of the file, which lie at ``offset``."""
+    def update(self, offset: int, view: memoryview) -> list[str]:
+        """Take the next bytes of the file, which lie at ``offset``, and return the tensors that end with them."""
+        ended: list[str] = []
         while self._current < len(self.file.tensors):
             begin = self.file.offsets[self._current]
             end = begin + self._tensor(self._current).nbytes
             if begin >= offset + len(view) and end > begin:
-                return
+                return ended
             part = view[max(begin - offset, 0) : max(end - offset, 0)]
             self._hasher.update(part)
             self._blocks.update(part)
             if end > offset + len(view):
-                return
+                return ended
             tensor = self._tensor(self._current)
             self._digests.append(self._hasher.hexdigest())
             self._contents.append(content_digest(tensor.dtype, tensor.shape, self._blocks.finish()))
+            ended.append(self.file.tensors[self._current])
             self._current += 1
             self._begin()
+        return ended
 
     def _begin(self) -> None:
         """Begin with the next tensor, where there is one."""

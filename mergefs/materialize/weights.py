@@ -4,7 +4,8 @@ What the journal of an earlier run tells of is read back and used if its hashes 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,10 +17,13 @@ from mergefs.materialize.durability import Durability
 from mergefs.materialize.manifest import PIECE, FileEntry
 from mergefs.materialize.output import Buffers, Output, failed
 from mergefs.materialize.pieces import hash_pieces
+from mergefs.materialize.preparation import Preparation
 from mergefs.materialize.tensor_hashes import TensorHashes
 from mergefs.planner.plan import OutputFile
 
 CHUNK: Final = 8 * PIECE
+_READ_AHEAD: Final = 2 * CHUNK
+"""How far ahead the disk is told what will be read, beside the chunks that wait for a thread already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class WeightFile:
         proven: Mapping[int, str],
         buffers: Buffers,
         processors: threading.Semaphore,
+        preparation: Preparation,
     ) -> None:
         self.tensors = TensorHashes(files.plan, file)
         self.reused_bytes = 0
@@ -58,6 +63,7 @@ class WeightFile:
         self._proven = proven
         self._buffers = buffers
         self._processors = processors
+        self._preparation = preparation
         self._whole = blake3()
         self._pieces: list[str] = []
         self._done = 0
@@ -65,6 +71,14 @@ class WeightFile:
     def offsets(self) -> Iterator[int]:
         """Yield where each chunk begins."""
         yield from range(0, self._file.size, CHUNK)
+
+    def announce(self, offset: int) -> None:
+        """Let what a chunk needs be on its way, and what those behind it need."""
+        if self._proven:  # by an earlier run, so that perhaps nothing is needed
+            return
+        for name in self._tensors_in(offset):
+            self._preparation.reach(name)
+        self._files.engine.will_read(self._file.name, offset + _READ_AHEAD, CHUNK)
 
     def make(self, offset: int) -> Chunk:
         """Bring a chunk into the file, and return it; any thread may do that.
@@ -77,6 +91,8 @@ class WeightFile:
             pieces = self._kept(offset, view)
             kept = pieces is not None
             if pieces is None:
+                for name in self._tensors_in(offset):
+                    self._files.engine.prepare_tensor(name)  # or others would wait for that in vain, too
                 with self._processors:
                     self._files.read_into(self._file.name, offset, view)
                     pieces = hash_pieces(view)
@@ -94,7 +110,9 @@ class WeightFile:
         view = chunk.buffer[: chunk.size]
         with self._processors:
             self._whole.update(view)
-            self.tensors.update(chunk.offset, view)
+            ended = self.tensors.update(chunk.offset, view)
+        for name in ended:
+            self._preparation.finish(name)
         self._pieces += chunk.pieces
         self._done += chunk.size
         self.note(chunk)
@@ -136,6 +154,11 @@ class WeightFile:
             return None
         pieces = hash_pieces(view)
         return pieces if list(pieces) == told else None
+
+    def _tensors_in(self, offset: int) -> Sequence[str]:
+        """Return the tensors that a chunk holds anything of."""
+        first = max(bisect_right(self._file.offsets, offset) - 1, 0)
+        return self._file.tensors[first : bisect_left(self._file.offsets, offset + CHUNK)]
 
     def _failed(self, error: OSError) -> MaterializeError:
         return failed(self._output.path, self._done, error)

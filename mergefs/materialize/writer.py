@@ -20,6 +20,7 @@ from mergefs.materialize.durability import Durability
 from mergefs.materialize.journal import Journal, Read
 from mergefs.materialize.manifest import FileEntry, TensorEntry
 from mergefs.materialize.output import Buffers, Output, failed, write_file
+from mergefs.materialize.preparation import Preparation
 from mergefs.materialize.weights import CHUNK, Chunk, WeightFile
 from mergefs.progress import Progress
 
@@ -44,13 +45,18 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Workshop:
-    """What models are written with. ``ahead`` is how many chunks there are at a time."""
+    """What models are written with.
+
+    ``ahead`` is how many chunks there are at a time, ``held_size`` how many bytes of inputs can be held.
+    """
 
     pool: ThreadPoolExecutor
     syncing: ThreadPoolExecutor
+    reading_ahead: ThreadPoolExecutor
     buffers: Buffers
     processors: threading.Semaphore
     ahead: int
+    held_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,9 @@ class ModelWriter:
 
     def jobs(self, workshop: _Workshop) -> Iterator[_Job]:
         """Yield the chunks of all weight files in order. Raises MaterializeError."""
-        for file in sorted(self._files.plan.files, key=lambda file: file.name):
+        files = sorted(self._files.plan.files, key=lambda file: file.name)
+        preparation = Preparation(self._files.engine, files, workshop.pool, workshop.held_size)
+        for file in files:
             path = self._directory / file.name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +125,16 @@ class ModelWriter:
                 raise failed(path, 0, error) from error
             durability = Durability(output, file.name, self._journal, workshop.syncing, self._spent)
             proven = self._proven.get(file.name, {})
-            weights = WeightFile(output, file, self._files, durability, proven, workshop.buffers, workshop.processors)
+            weights = WeightFile(
+                output,
+                file,
+                self._files,
+                durability,
+                proven,
+                workshop.buffers,
+                workshop.processors,
+                preparation,
+            )
             self._weights[file.name] = weights
             for offset in weights.offsets():
                 yield _Job(self, weights, offset)
@@ -168,13 +185,14 @@ class ModelWriter:
                 raise failed(path, 0, error) from error
 
 
-def write_models(writers: Sequence[ModelWriter], threads: int) -> None:
+def write_models(writers: Sequence[ModelWriter], threads: int, held_size: int) -> None:
     """Write several models in step, as far as each of them can be written; each then tells its ``error``.
 
-    At most ``threads`` compute at a time; others write and sync meanwhile. What interrupts the process interrupts all
+    At most ``threads`` compute at a time; others write and sync meanwhile. ``held_size`` is how many bytes are held of
+    inputs that something has to be learned from first. What interrupts the process interrupts all
     of them; what was finished by then is durable.
     """
-    with _workshop(threads) as workshop:
+    with _workshop(threads, held_size) as workshop:
         whole = False
         try:
             for writer in writers:
@@ -192,16 +210,26 @@ def write_models(writers: Sequence[ModelWriter], threads: int) -> None:
                 writer.close()
 
 
+def chunks_at_a_time(threads: int) -> int:
+    """Return how many chunks there are in memory while so many threads compute."""
+    return threads + _WAITING + _AHEAD
+
+
 @contextmanager
-def _workshop(threads: int) -> Iterator[_Workshop]:
+def _workshop(threads: int, held_size: int) -> Iterator[_Workshop]:
     """Lend what models are written with."""
-    workers = threads + _WAITING
-    ahead = workers + _AHEAD
+    ahead = chunks_at_a_time(threads)
     with (
-        ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool,
+        ThreadPoolExecutor(threads + _WAITING, thread_name_prefix="merge") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="sync") as syncing,
+        ThreadPoolExecutor(1, thread_name_prefix="read ahead") as reading_ahead,
     ):
-        yield _Workshop(pool, syncing, Buffers(ahead, CHUNK), threading.Semaphore(threads), ahead)
+        processors = threading.Semaphore(threads)
+        try:
+            yield _Workshop(pool, syncing, reading_ahead, Buffers(ahead, CHUNK), processors, ahead, held_size)
+        finally:
+            for one in (reading_ahead, pool):
+                one.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -227,6 +255,7 @@ def _go_through(writers: Sequence[ModelWriter], workshop: _Workshop) -> None:
 
     try:
         for job in _in_step(writers, workshop):
+            workshop.reading_ahead.submit(job.file.announce, job.offset)
             under_way.append((job, workshop.pool.submit(job.make)))
             if len(under_way) >= workshop.ahead:
                 take_next()

@@ -1,6 +1,6 @@
 """What a plan is. Everything here is immutable; the engine computes bytes from it and from nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan_ids import asked
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
-from mergefs.sources.place import Place, Role
+from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.sources.reader import SourceFile
 
 FileContent: TypeAlias = AuxiliaryFile | bytes
@@ -138,6 +138,11 @@ class TensorPlan:
             for level in range(1, coded.planes + 1):
                 total += int(coded.bytes_read(level)[levels == level].sum())
         return total
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Yield every tensor in a file that it is computed from."""
+        for place in self.places:
+            yield from place.stored()
 
     def prepare(self) -> None:
         """Let every place gather what reading it needs to know of whole tensors."""

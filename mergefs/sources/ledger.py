@@ -57,6 +57,13 @@ class Ledger:
         elif purpose is Purpose.EXPERT_AGAIN:
             self._thread.again += size
 
+    def record_use(self, purpose: Purpose, size: int, path: Path) -> None:
+        """Count ``size`` bytes that were read for analysis and held as read for ``purpose``, which uses them now."""
+        with self._lock:
+            self._read[Purpose.ANALYSIS] -= size
+            self._analysed[path] -= size
+        self.record_read(purpose, size, path)
+
     def of_this_thread(self) -> tuple[int, int]:
         """Return the bytes of experts that the calling thread has read so far, for the first time and again."""
         return self._thread.first, self._thread.again

@@ -89,6 +89,9 @@ class Place(ABC):
         for part in self.parts:
             part.prepare()
 
+    def will_read(self, reader: SourceReader, start: int, stop: int) -> None:  # noqa: B027 (nothing is right for most)
+        """Let the system begin to read what these elements (flat indices) are computed from, where that is easy."""
+
     @property
     def elements(self) -> int:
         """The number of elements."""
@@ -142,6 +145,10 @@ class StoredTensor(Place):
     def read(self, reader: SourceReader, start: int, stop: int, purpose: Purpose) -> Raw:
         """Read from the file."""
         return reader.read_tensor(self.shard, self.tensor, start, stop, self._counted_as(purpose))
+
+    def will_read(self, reader: SourceReader, start: int, stop: int) -> None:
+        """They lie side by side in the file."""
+        reader.will_read(self.shard, self.tensor, start, stop, self._counted_as(Purpose.EXPERT))
 
     def read_kept(self, reader: SourceReader, purpose: Purpose) -> Raw:
         """Return all bytes, read once and kept for other blocks, as an array that must not be written to."""

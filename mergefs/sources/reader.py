@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ import numpy as np
 
 from mergefs.checkpoint.checkpoint import TensorSource
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
-from mergefs.errors import SourceChangedError, SourceReadError
+from mergefs.errors import MergefsError, SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
+from mergefs.sources.holding import HeldBlocks
 from mergefs.sources.ledger import Ledger, Purpose
 from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
@@ -78,7 +79,7 @@ class SourceReader:
     """Reads from source files on behalf of many threads, keeping at most ``open_files`` of them open.
 
     ``check`` holds blocks of tensors against their hashes; without it they are taken as they come. ``shared`` keeps
-    those that others want, too.
+    those that others want, too; ``held`` those that are read for analysis, until they are read for the merge.
     """
 
     def __init__(
@@ -87,10 +88,12 @@ class SourceReader:
         open_files: int = 128,
         check: BlockCheck | None = None,
         shared: SharedBlocks | None = None,
+        held: HeldBlocks | None = None,
     ) -> None:
         self._ledger = ledger
         self._check = check
         self._shared = shared
+        self._held = held
         self._limit = open_files
         self._lock = threading.Lock()
         self._files: OrderedDict[_Key, _OpenFile] = OrderedDict()
@@ -146,11 +149,20 @@ class SourceReader:
         )
 
     def _read_checked(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
-        """Read elements from the file, as a fresh array, and check the whole blocks among them."""
+        """Read elements from the file unless they are held, and check the whole blocks among them."""
+        analysing = purpose is Purpose.ANALYSIS
+        if self._held is not None:
+            found = self._held.get(shard, tensor, start, stop, last=not analysing)
+            if found is not None:
+                if not analysing:
+                    self._ledger.record_use(purpose, found.nbytes, shard.path)
+                return found
         itemsize = tensor.dtype.itemsize
         data = self.read(shard, tensor.offset + start * itemsize, (stop - start) * itemsize, purpose)
         if self._check is not None:
             self._check.check(shard, tensor, start, data)
+        if self._held is not None and analysing:
+            self._held.hold(shard, tensor, start, data)
         return data
 
     def read_kept(self, shard: Shard, tensor: TensorSource, purpose: Purpose) -> Raw:
@@ -171,6 +183,23 @@ class SourceReader:
             return data
 
         return self._kept.get(key, read)
+
+    def forget(self, shard: Shard, tensor: TensorSource) -> None:
+        """Hold nothing of a tensor any longer: whoever merges it is done."""
+        if self._held is not None:
+            self._held.forget(shard, tensor)
+
+    def will_read(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> None:
+        """Let the system begin to read elements that are going to be read for ``purpose``, unless they are held.
+
+        Errors are left to who reads them.
+        """
+        if self._held is not None and self._held.has(shard, tensor):
+            return
+        itemsize = tensor.dtype.itemsize
+        begin, size = tensor.offset + start * itemsize, (stop - start) * itemsize
+        with suppress(MergefsError), self._borrow(shard, _ADVICE[purpose]) as descriptor:
+            os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close every file. No read may be under way."""

@@ -12,6 +12,7 @@ from mergefs.checkpoint.source import Fingerprint, Shard
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.learning import LearnedHashes
 
 DIGEST_BYTES: Final = 32
 
@@ -23,11 +24,13 @@ class BlockCheck:
     """Checks the blocks of stored tensors. Safe to share between threads.
 
     Hashes are asked for once for each tensor; a tensor that has none yet is asked for again, since an analysis may be
-    under way.
+    under way. What is
+    ``learned`` of it meanwhile is held against what is read of it again.
     """
 
-    def __init__(self, known: KnownHashes) -> None:
+    def __init__(self, known: KnownHashes, learned: LearnedHashes | None = None) -> None:
         self._known = known
+        self._learned = learned
         self._lock = threading.Lock()
         self._hashes: dict[tuple[Path, Fingerprint, str], bytes] = {}
 
@@ -45,12 +48,16 @@ class BlockCheck:
         if first >= last:
             return
         hashes = self._hashes_of(shard, tensor, grid)
-        if hashes is None:
+        if hashes is None and self._learned is None:
             return
         for block in range(first, last):
             begin, end = grid.bounds(block)
             found = blake3(raw[(begin - start) * itemsize : (end - start) * itemsize].data).digest()
-            if found != hashes[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+            if hashes is not None:
+                sound = found == hashes[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+            else:
+                sound = self._learned is None or self._learned.add(shard, tensor, grid.count, block, found)
+            if not sound:
                 raise SourceChangedError(
                     f"{shard.path}: block {block} of tensor {tensor.name!r} (bytes {tensor.offset + begin * itemsize} "
                     f"to {tensor.offset + end * itemsize}) is not what was analysed, although size and times of the "

@@ -1,7 +1,7 @@
 """Hashes of models that have not been analysed: what they are, and nothing of what they have in common."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -9,9 +9,11 @@ from blake3 import blake3
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import ContentRecord
-from mergefs.checkpoint.checkpoint import WeightSource
+from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
+from mergefs.checkpoint.source import Shard
 from mergefs.progress import Progress
 from mergefs.sources.blocks import BlockGrid
+from mergefs.sources.learning import LearnedHashes
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
@@ -49,6 +51,16 @@ def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceRe
             pool.shutdown(cancel_futures=True)
             catalog.flush()
     progress.finish()
+
+
+def learned_hashes(catalog: Catalog) -> LearnedHashes:
+    """Return what takes the hashes of blocks that are read, and keeps those of whole tensors at the next flush."""
+
+    def keep(shard: Shard, tensor: TensorSource, hashes: Sequence[bytes]) -> None:
+        record = ContentRecord(content_digest(tensor.dtype, tensor.shape, hashes), b"".join(hashes))
+        catalog.keep_content(local_key(StoredTensor(shard, tensor)), record)
+
+    return LearnedHashes(keep)
 
 
 def _hash(place: StoredTensor, reader: SourceReader) -> ContentRecord:

@@ -1,6 +1,7 @@
 """Answers the statistics that a method asks for: from the catalog, or by gathering them once, however many wait."""
 
 import threading
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from mergefs.sources.place import Place
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import thresholds
 from mergefs.statistics.histograms import histogram_keys, known_histogram, pack
-from mergefs.statistics.identity import digest, sources_of, statistic_keys, tensor_keys
+from mergefs.statistics.identity import digest, local_key, sources_of, statistic_keys, tensor_keys
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.quantities import AboutQuantity, answer_quantities
 from mergefs.statistics.row_means import mean_row
@@ -47,7 +48,8 @@ class StatisticsService:
     def __init__(self, catalog: Catalog, reader: SourceReader) -> None:
         self._catalog = catalog
         self._reader = reader
-        self._lock = threading.RLock()  # an input may itself be a merge that needs statistics
+        self._lock = threading.Lock()
+        self._gathering: defaultdict[bytes, threading.RLock] = defaultdict(threading.RLock)
 
     def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Place, ...]) -> Answers:
         """Return every statistic that ``method`` wants of one tensor, whose places in each input are ``places``."""
@@ -70,17 +72,16 @@ class StatisticsService:
         """Return the answers to ``wanted``, those of one pass.
 
         ``origin`` is the package whose method asks, None for ours: what is called alike there is another quantity.
-        Gathering is serialised: a pass keeps the disk and a core busy, and a second one for the same tensor would find
-        the first one's answer.
+        Who asks for the same tensor meanwhile waits, and finds the answers.
         """
-        with self._lock:
+        with self._pass_over(*places):
             found = self._gather(wanted, places, base, compute, origin)
             self._catalog.flush()
         return Answers(found)
 
     def mean_row(self, rows: Place) -> Raw:
         """Return the mean of all entries of the first dimension of a tensor, as bytes of its dtype."""
-        with self._lock:
+        with self._pass_over(rows):
             keys = [digest("mean row", key) for key in tensor_keys(rows, self._catalog)]
             known = next((record for key in keys if (record := self._catalog.vector(key)) is not None), None)
             if known is None:
@@ -88,6 +89,11 @@ class StatisticsService:
                 self._catalog.keep_vector(keys[0], known, sources_of(self._catalog, rows))
                 self._catalog.flush()
         return store(np.frombuffer(known.values, dtype="<f8").astype(np.float64), F64, rows.dtype)
+
+    def _pass_over(self, *places: Place) -> threading.RLock:
+        """Return the lock of who goes over these places; an input may itself be a merge that needs statistics."""
+        with self._lock:
+            return self._gathering[digest(*map(local_key, places))]
 
     def _gather(
         self,
