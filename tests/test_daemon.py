@@ -305,7 +305,7 @@ def test_without_the_device_the_user_learns_what_to_use_instead(
     monkeypatch.setattr(mountpoint, "_DEVICE", tmp_path / "fuse")
     with pytest.raises(MountError) as caught:
         mountpoint.check_device()
-    for hint in ("--device /dev/fuse", "mergefs.open()", "mergefs materialize"):
+    for hint in ("--device /dev/fuse", "mergefs.open()", "mergefs.load_state_dict()", "mergefs materialize"):
         assert hint in str(caught.value)
 
 

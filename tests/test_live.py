@@ -22,8 +22,6 @@ from mergefs.mount.unmount import read_status
 pytestmark = pytest.mark.mounts
 
 WEIGHTS = "model.safetensors"
-SHOWS = 1.0
-"""Seconds within which a change must show."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,7 @@ def test_an_edited_recipe_is_another_plan_while_readers_of_the_old_one_go_on(rec
     with old.open("rb") as reader:
         begun = reader.read(1000)
         after = recipes.merged(recipes.write("first", weight=0.75))
-        wait_for(lambda: recipes.weights("first") == after, "the edited recipe", SHOWS)
+        wait_for(lambda: recipes.weights("first") == after, "the edited recipe")
         assert begun + reader.read() == before
     assert old.stat().st_ino != inode
     assert (old_directory / WEIGHTS).read_bytes() == before, "who found the old directory earlier can go on"
@@ -106,10 +104,10 @@ def test_an_edited_recipe_is_another_plan_while_readers_of_the_old_one_go_on(rec
 
 def test_recipes_come_and_go(recipes: Recipes) -> None:
     recipes.write("third", weight=0.125)
-    wait_for(lambda: "third" in names_in(recipes.root), "the new recipe", SHOWS)
+    wait_for(lambda: "third" in names_in(recipes.root), "the new recipe")
     assert recipes.weights("third") == recipes.merged(recipes.directory / "third.yml")
     (recipes.directory / "first.yml").unlink()
-    wait_for(lambda: not (recipes.root / "first").exists(), "the recipe to go", SHOWS)
+    wait_for(lambda: not (recipes.root / "first").exists(), "the recipe to go")
     assert names_in(recipes.root) == ["second", "third"]
 
 
@@ -118,7 +116,7 @@ def test_a_broken_recipe_says_why_and_disturbs_nobody(recipes: Recipes) -> None:
     text = (recipes.directory / "first.yml").read_text()
     (recipes.directory / "first.yml").write_text(text.replace("task_arithmetic", "tise"))
     error = recipes.root / "first" / "ERROR.txt"
-    wait_for(error.exists, "the error", SHOWS)
+    wait_for(error.exists, "the error")
     assert names_in(recipes.root / "first") == ["ERROR.txt"]
     assert "first.yml:" in error.read_text()
     assert "did you mean 'ties'" in error.read_text()
@@ -127,7 +125,7 @@ def test_a_broken_recipe_says_why_and_disturbs_nobody(recipes: Recipes) -> None:
     assert entry is not None
     assert read_status(entry)["errors"] == {"first": error.read_text().strip()}
     (recipes.directory / "first.yml").write_text(text)
-    wait_for((recipes.root / "first" / WEIGHTS).exists, "the repaired recipe", SHOWS)
+    wait_for((recipes.root / "first" / WEIGHTS).exists, "the repaired recipe")
 
 
 def test_a_recipe_that_is_broken_from_the_start_is_shown_as_that(models: Family, tmp_path: Path) -> None:
@@ -157,7 +155,7 @@ def test_a_variant_follows_its_recipe(recipes: Recipes) -> None:
     variant = recipes.root / "first@lambda=0.5" / WEIGHTS
     before = variant.read_bytes()
     recipes.write("first", weight=0.75)
-    wait_for(lambda: variant.read_bytes() != before, "the variant of the edited recipe", SHOWS)
+    wait_for(lambda: variant.read_bytes() != before, "the variant of the edited recipe")
 
 
 def test_a_budget_by_path_needs_statistics_that_are_there(recipes: Recipes) -> None:
@@ -241,7 +239,7 @@ def test_a_recipe_that_would_read_the_mount_from_itself_is_refused(recipes: Reci
         made["models"][0]["model"] = str(path)  # type: ignore[index]
         write_document(recipes.directory / f"circle-{number}.yml", made)
         error = recipes.root / f"circle-{number}" / "ERROR.txt"
-        wait_for(error.exists, "the error", SHOWS)
+        wait_for(error.exists, "the error")
         assert "lies inside the mount point" in error.read_text()
 
 

@@ -21,7 +21,10 @@ CHOICE: Final = "MERGEFS_FUSE_BINDING"
 SOURCE: Final = "mergefs"
 """What the list of mounts names as the mounted device, where nobody says otherwise."""
 
-WITHOUT_FUSE: Final = "where FUSE cannot be had, `mergefs.open()` and `mergefs materialize` give the same bytes"
+WITHOUT_FUSE: Final = (
+    "where FUSE cannot be had, `mergefs.open()`, `mergefs.load_state_dict()` and `mergefs materialize` give the same "
+    "bytes"
+)
 
 _INSTALL: Final = (
     "no usable libfuse was found ({reasons}); install it with `apt-get install libfuse2` (or `fuse3`, together with "
