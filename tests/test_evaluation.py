@@ -121,8 +121,10 @@ def test_models_run_in_the_dtype_and_on_the_device_that_are_asked_for(recipe: Pa
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name, reason in (("banana", "Expected one of"), ("cuda:99", "CUDA"), ("meta", "meta")):
-        with pytest.raises(EvaluationError, match=rf"--device {name} cannot be used \(.*{reason}.*\); give cpu"):
+        with pytest.raises(EvaluationError, match=rf"the device {name} cannot be used \(.*{reason}.*\); give cpu"):
             load_model(recipe, device=name, catalog=tmp_path / "catalog")
+        with pytest.raises(EvaluationError, match=rf"the device {name} cannot be used"):
+            mergefs.load_state_dict(tmp_path / "nothing.yml", device=name)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------

@@ -21,5 +21,5 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise EvaluationError(f"--device {name} cannot be used ({reason}); give cpu, or leave --device out") from error
+        raise EvaluationError(f"the device {name} cannot be used ({reason}); give cpu, or name none") from error
     return device

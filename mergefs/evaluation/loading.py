@@ -43,10 +43,12 @@ def load_state_dict(
     """Return every tensor of the merged model on ``device``, as a model's ``load_state_dict`` takes them.
 
     ``options`` are those of ``mergefs.open``. With transformers, which never sees a directory of weights then:
-    ``LlamaForCausalLM.from_pretrained(None, config=config, state_dict=mergefs.load_state_dict("merge.yml"))``.
+    ``LlamaForCausalLM.from_pretrained(None, config=config, state_dict=mergefs.load_state_dict("merge.yml"))``. Raises
+    EvaluationError, before anything is merged, for a device that is not there.
     """
+    place = choose_device(str(device))
     with open_model(recipe, **options) as merged:
-        return _tensors(merged, torch.device(device))
+        return _tensors(merged, place)
 
 
 def load_model(source: Path, dtype: str = "float32", device: str = "cpu", **options: Any) -> LoadedModel:
