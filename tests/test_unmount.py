@@ -88,6 +88,27 @@ def test_a_busy_mount_is_taken_away_lazily_and_its_reader_goes_on(directory: Pat
         assert mount.wait() == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a mount namespace")
+def test_a_server_that_another_namespace_keeps_alive_is_no_riddle(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container does that is started while the mount is there."""
+    monkeypatch.setattr("mergefs.mount.unmount._SERVER_DEADLINE", 0.1)
+    with fake_mount(directory) as mount:
+        with subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", "echo ready; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"ready\n"
+            with pytest.raises(
+                MountError, match=r"is unmounted, but .* another mount namespace, such as a container's"
+            ):
+                unmount(mount.mountpoint)
+            assert find_mount(mount.mountpoint) is None
+            assert is_running(mount.pid)
+        assert mount.wait() == 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["--lazy"]])
 def test_what_is_not_a_mount_of_mergefs_is_left_alone(directory: Path, arguments: list[str]) -> None:
     result = run_mergefs("umount", directory, *arguments, state=directory / "state")
