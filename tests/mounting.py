@@ -65,13 +65,18 @@ def adopt_orphans() -> None:
     assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process exists and is no zombie."""
+def process_state(pid: int) -> str | None:
+    """Return the letter that /proc has for what a process does, such as Z for a zombie; None when there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return fields.rpartition(")")[2].split()[0] != "Z"
+        return None
+    return fields.rpartition(")")[2].split()[0]
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    return process_state(pid) not in (None, "Z")
 
 
 def split_records(log: str) -> list[str]:
@@ -125,6 +130,16 @@ class Mount:
     def kill(self, number: int) -> None:
         """Send a signal to the server."""
         os.kill(self.pid, number)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let the server do nothing meanwhile."""
+        self.kill(signal.SIGSTOP)
+        try:
+            wait_for(lambda: process_state(self.pid) == "T", "the server to stop")
+            yield
+        finally:
+            self.kill(signal.SIGCONT)
 
     def wait(self) -> int:
         """Wait for the server's end, and return its exit status (negative: the signal that killed it)."""

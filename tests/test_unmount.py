@@ -216,24 +216,18 @@ def test_status_of_what_is_no_mount_is_an_error(directory: Path) -> None:
 
 def test_status_does_not_wait_for_a_stopped_server(directory: Path) -> None:
     with fake_mount(directory) as mount:
-        mount.kill(signal.SIGSTOP)
-        try:
+        with mount.stopped():
             result = run_mergefs("status", mount.mountpoint, state=directory / "state")
-        finally:
-            mount.kill(signal.SIGCONT)
         assert result.returncode == 0
         assert "does not answer" in result.stdout
 
 
 def test_a_stopped_server_is_left_to_a_lazy_unmount(directory: Path) -> None:
     with fake_mount(directory) as mount:
-        mount.kill(signal.SIGSTOP)
-        try:
+        with mount.stopped():
             with pytest.raises(MountError, match="does not answer, so that it cannot be asked to end"):
                 unmount(mount.mountpoint)
             assert find_mount(mount.mountpoint) is not None
             unmount(mount.mountpoint, lazy=True)
             assert find_mount(mount.mountpoint) is None
-        finally:
-            mount.kill(signal.SIGCONT)
         assert mount.wait() == 0

@@ -52,11 +52,14 @@ def _report(entry: "MountEntry") -> dict[str, Any]:
     report: dict[str, Any] = {"mountpoint": str(entry.mountpoint), "state": found}
     if found == "crashed":
         return report | {"error": f"its server is gone; run `mergefs umount {entry.mountpoint}` to clear it"}
+    silent = {"state": "stuck", "error": "its server does not answer; its log may say why"}
     if found == "stuck":
-        return report | {"error": "its server does not answer; its log may say why"}
+        return report | silent
     try:
         # The mount point is the one seen here: a server in another mount namespace may know another.
         return report | read_status(entry) | report
+    except TimeoutError:
+        return report | silent
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             return report | {"state": "unreadable", "error": "another user mounted it for themselves"}
