@@ -88,7 +88,9 @@ def _in_a_process(work: Path, recipe: Path, method: str, device: str, processors
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, kept)
     )
-    return Load(**json.loads(done.stdout))
+    load = Load(**json.loads(done.stdout))
+    click.echo(f"{method} to {device} with {processors} processors: {load.seconds:.2f} s", err=True)
+    return load
 
 
 @main.command("load", hidden=True)
