@@ -31,6 +31,7 @@ from mergefs.errors import NonFiniteError
 from mergefs.kernels.deltas import MAGNITUDE_BINS, ReferenceMeter
 from mergefs.kernels.precision import load, store
 from mergefs.methods.contract import MagnitudeThreshold
+from mergefs.processors import usable_processors
 from mergefs.progress import Silence
 from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
@@ -521,7 +522,7 @@ def test_an_analysis_that_was_killed_goes_on_where_it_was(models: Family, tmp_pa
     assert finished
     assert len(reads) > 1
     # Each time at most what had not been flushed was lost: a tenth, and a tensor of all three models for each thread.
-    lost = flush + (max(2, os.cpu_count() or 2) + 1) * 3 * largest
+    lost = flush + (max(2, usable_processors()) + 1) * 3 * largest
     assert total <= sum(reads) <= total + (len(reads) - 1) * lost
     with Catalog(catalog) as opened:
         assert opened.counts()["contents"] == 3 * len(open_checkpoint(models.base).tensors)

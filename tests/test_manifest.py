@@ -131,7 +131,7 @@ def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
         relative = Family(Path(models.base.name), tuple(Path(expert.name) for expert in models.experts))
         recipe = write_recipe(place / "recipe.yml", merge, relative)
         monkeypatch.chdir(place)
-        monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, workers=workers: set(range(workers)))
         monkeypatch.setattr(weights, "CHUNK", chunk * PIECE)
         said = said_by(
             "--catalog", place / "catalog", "materialize", "--memory", f"{600 + chunk}MiB", recipe.name, "out"

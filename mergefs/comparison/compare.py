@@ -1,7 +1,6 @@
 """``mergefs diff``: the relative distance of every tensor of two models, of which no more than some blocks are held."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Final
 from mergefs.comparison.distance import Squares, add, comparable, squares
 from mergefs.comparison.sides import Side, SideTensor
 from mergefs.engine.ahead import in_order
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
@@ -131,7 +131,7 @@ def _distances(
     unknown = {name: pair for name, pair in pairs.items() if not _known_equal(*pair)}
     progress.start("comparing", sum(side.place.nbytes for pair in unknown.values() for side in pair))
     found: list[TensorDistance] = []
-    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="compare") as pool:
+    with ThreadPoolExecutor(max_workers=max(2, usable_processors()), thread_name_prefix="compare") as pool:
         for name, (first, second) in pairs.items():
             sums = None
             if name in unknown:

@@ -1,7 +1,6 @@
 """Merged models, loaded into transformers without a mount and without a copy on disk."""
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from mergefs.engine.ahead import in_order
 from mergefs.errors import EvaluationError
 from mergefs.evaluation.devices import choose_device
 from mergefs.evaluation.imports import import_transformers
+from mergefs.processors import usable_processors
 
 _CONFIGURATION = "config.json"
 _SUFFIX = re.compile(r"\.ya?ml(?=@|$)")
@@ -84,7 +84,7 @@ def load_model(source: Path, dtype: str = "float32", device: str = "cpu", **opti
 
 def _tensors(merged: MergedModel, device: torch.device) -> dict[str, torch.Tensor]:
     """Return every tensor on ``device``; a few at a time are merged, on all cores, before they are moved there."""
-    names, workers = merged.keys(), max(2, os.cpu_count() or 2)
+    names, workers = merged.keys(), max(2, usable_processors())
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
         found = in_order(pool, lambda name: merged.get_tensor(name).to(device), names, workers)
         return dict(zip(names, found, strict=True))

@@ -36,6 +36,7 @@ from mergefs.materialize.writer import ModelWriter, Written, write_models
 from mergefs.planner.identity import files_identity, identified, known_contents
 from mergefs.planner.keeping import keep_plan
 from mergefs.planner.plan import MergePlan
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 from mergefs.sources.ledger import LedgerTotals
 from mergefs.statistics.contents import identify
@@ -123,7 +124,7 @@ def materialize(
 
 def default_threads() -> int:
     """Return how many threads compute where nobody says: one for each processor."""
-    return max(1, os.cpu_count() or 1)
+    return usable_processors()
 
 
 class _Run:

@@ -19,6 +19,7 @@ from mergefs.materialize.system import read_all
 from mergefs.materialize.verify import Damage, Verified, verify
 from mergefs.planner.ancestry import FORMAT, PROVENANCE_NAME
 from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.model import parse_recipe
 
@@ -151,7 +152,7 @@ def _compare(
             return Damage(directory / name, None, (), sentence)
         return _compare_run(directory / name, files, name, offset, size)
 
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="verify") as pool:
         for index, found in enumerate(ahead(pool, compare, range(len(runs)))):
             yield found
             progress.advance(runs[index][2])

@@ -13,6 +13,7 @@ from mergefs.errors import VerificationError
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, FileEntry, Manifest, read_manifest
 from mergefs.materialize.pieces import ahead, hash_pieces
 from mergefs.materialize.system import read_all
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 
 _CHUNK: Final = 8 * PIECE
@@ -64,7 +65,7 @@ def find_damage(directory: Path, manifest: Manifest, progress: Progress | None =
     """Yield all that is not as the manifest says, file by file and from the beginning of each to its end."""
     listener = progress or Silence()
     listener.start("verifying", sum(entry.size for entry in manifest.files.values()))
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="verify") as pool:
         for name, entry in manifest.files.items():
             path = directory / name
             try:

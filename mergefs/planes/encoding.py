@@ -1,6 +1,5 @@
 """Codes the delta of a tensor, cell by cell, on all CPUs that the process may use."""
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from mergefs.kernels.precision import is_finite, load
 from mergefs.kernels.trellis_books import BOOKS
 from mergefs.planes.cell import CodedCell, encode_cell
 from mergefs.planes.layout import cell_grid, group_size
+from mergefs.processors import usable_processors
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import Place
@@ -127,7 +127,7 @@ class TensorEncoder:
 
 def encoding_pool() -> ThreadPoolExecutor:
     """Return a thread for each CPU that the process may use."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="mergefs-planes")
+    return ThreadPoolExecutor(usable_processors(), thread_name_prefix="mergefs-planes")
 
 
 def _rounded_up(values: NDArray[np.float64], terms: int) -> NDArray[np.float32]:

@@ -1,6 +1,5 @@
 """The analysis pass over a family: hashes and block statistics of every tensor, only of what is not known yet."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import CheckpointRecord
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.planner.plan import TensorPlan
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress
 from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.sources.reader import SourceReader
@@ -88,7 +88,7 @@ def _analyze(
     ]
     stored = [task for task in tasks if task.is_stored]
     unwritten = 0
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="analyze") as pool:
+    with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="analyze") as pool:
         try:
             for task, _ in zip(stored, pool.map(_Task.run, stored), strict=True):
                 unwritten = _advance(task.size, unwritten, catalog, progress)

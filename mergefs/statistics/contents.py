@@ -1,6 +1,5 @@
 """Hashes of models that have not been analysed: what they are, and nothing of what they have in common."""
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -11,6 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import ContentRecord
 from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
 from mergefs.checkpoint.source import Shard
+from mergefs.processors import usable_processors
 from mergefs.progress import Progress
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.learning import LearnedHashes
@@ -38,7 +38,7 @@ def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceRe
         return
     progress.start("hashing the inputs", sum(place.nbytes for place in unknown))
     unwritten = 0
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="hash") as pool:
         try:
             for place, record in zip(unknown, pool.map(lambda place: _hash(place, reader), unknown), strict=True):
                 catalog.keep_content(local_key(place), record)
