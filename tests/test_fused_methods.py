@@ -7,16 +7,28 @@ from hypothesis import strategies as st
 from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inputs, seeds
 
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
-from mergefs.kernels.precision import Precision, load, store
-from mergefs.methods.contract import Block, Quantity, TensorContext
+from mergefs.kernels.precision import Precision, Raw, load, store
+from mergefs.methods.contract import Block, Quantity, Statistic, TensorContext
 from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
 from mergefs.methods.masks import KeepAll, KeepRandom, KeepRanked
 from mergefs.methods.model_stock import ModelStock, ModelStockCoefficients
 from mergefs.methods.multislerp import Multislerp, MultislerpCoefficients
 from mergefs.methods.nearswap import NearSwap, NearSwapCoefficients
 from mergefs.methods.nuslerp import Nuslerp, NuslerpCoefficients, Turn
-from mergefs.methods.ram import Ram, RamCoefficients
+from mergefs.methods.ram import Ram, RamCoefficients, RamPlus
 from mergefs.methods.task_vector import DELLA, DELLA_LINEAR, ExpertCoefficients, TaskVectorCoefficients
+
+
+def assert_fused_terms_are_the_formulas(
+    wanted: Statistic, inputs: tuple[tuple[Raw, DType], ...], dtype: DType, start: int
+) -> None:
+    """Assert that the compiled way to the terms of a quantity leads to those of its formula; NaN is NaN."""
+    assert isinstance(wanted, Quantity)
+    assert wanted.fused is not None
+    block = Block(tuple(load(inputs[model][0], dtype, dtype) for model in wanted.models), start)
+    with np.errstate(all="ignore"):
+        found, expected = (way(block, Precision(dtype)) for way in (wanted.fused, wanted.terms))
+    np.testing.assert_array_equal(found, expected)
 
 
 @st.composite
@@ -130,15 +142,8 @@ def test_what_ranks_keep_is_summed_as_by_the_formula(
     parameters = {"weight": 0.5, "density": 0.5, "epsilon": 0.2, "normalize": True, "rescale": True, "lambda": 1.0}
     size = rows * row
     context = TensorContext("w", size, row, row, dtype, 0, 2, parameters, (parameters,) * 2, seed)
-    inputs = random_inputs(seed, 2, size, dtype)
-    block = Block(tuple(load(raw, dtype, dtype) for raw, _ in inputs[::-1]), first_row * row)
-    for wanted in DELLA.statistics(context):
-        if isinstance(wanted, Quantity) and wanted.fused is not None:
-            with np.errstate(all="ignore"):
-                found, expected = (way(block, Precision(dtype)) for way in (wanted.fused, wanted.terms))
-            np.testing.assert_array_equal(found, expected)
-            return
-    raise AssertionError("nothing is asked of what ranks keep")
+    (wanted,) = (one for one in DELLA.statistics(context) if isinstance(one, Quantity) and one.fused is not None)
+    assert_fused_terms_are_the_formulas(wanted, random_inputs(seed, 2, size, dtype), dtype, first_row * row)
 
 
 @by_dtype
@@ -157,6 +162,32 @@ def test_any_ram_equals_the_reference(dtype: DType, data: st.DataObject, count: 
     epsilon = data.draw(st.sampled_from([0.0, 2.0**-20, 2.0**-6, 1.0]) | rounded_factors(dtype))
     coefficients = RamCoefficients(order[0], tuple(order[1:]), epsilon)
     assert_equals_reference(Ram(), coefficients, random_inputs(seed, count + 1, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), count=st.integers(1, 5), seed=seeds, size=st.integers(1, 3000))
+def test_any_boosted_ram_equals_the_reference(
+    dtype: DType, data: st.DataObject, count: int, seed: int, size: int
+) -> None:
+    order = data.draw(st.permutations(range(count + 1)))
+    epsilon = data.draw(st.sampled_from([0.0, 2.0**-20, 2.0**-6, 1.0]) | rounded_factors(dtype))
+    boosts = tuple(float(np.float32(data.draw(st.floats(0.5, 2)))) for _ in range(count))
+    coefficients = RamCoefficients(order[0], tuple(order[1:]), epsilon, boosts)
+    out = data.draw(st.sampled_from([dtype, F32]))
+    assert_equals_reference(RamPlus(), coefficients, random_inputs(seed, count + 1, size, dtype), dtype, out=out)
+
+
+@by_dtype
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 5), epsilon=st.sampled_from([0.0, 2.0**-20, 0.5]), seed=seeds, size=st.integers(1, 3000))
+def test_changes_alone_and_with_others_are_those_of_the_formula(
+    dtype: DType, count: int, epsilon: float, seed: int, size: int
+) -> None:
+    parameters = {"r": 0.1, "alpha": 0.2, "epsilon": epsilon}
+    context = TensorContext("w", size, size, 1, dtype, 0, count + 1, parameters, ({},) * (count + 1), 0)
+    (wanted,) = RamPlus().statistics(context)
+    assert_fused_terms_are_the_formulas(wanted, random_inputs(seed, count + 1, size, dtype), dtype, 0)
 
 
 @by_dtype

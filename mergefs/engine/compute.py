@@ -52,7 +52,7 @@ def run_kernel(
     with np.errstate(all="ignore"):
         if fused and out == compute and all(dtype == compute for _, dtype in inputs):
             merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
-        elif fused and compute in FUSED_DTYPES:
+        elif fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
             merged = _run_converted(run)
         return _run_reference(run, fused) if merged is None else merged
 

@@ -474,9 +474,10 @@ class Method(ABC, Generic[CoefficientsT]):
         return ()
 
     def fused(self, run: RawRun, coefficients: CoefficientsT) -> Raw | None:
-        """Compute the run from bytes to bytes, or return None where only ``reference`` can.
+        """Compute the run from bytes to bytes of its dtype, or return None where only ``reference`` can.
 
-        The result equals the reference's bit for bit, but for the payload of NaN.
+        The result equals the reference's, rounded to that dtype, bit for bit, but for the payload of NaN. Where
+        ``result_dtype`` is another one it is not asked for anything else.
         """
         return None
 

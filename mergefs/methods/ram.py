@@ -13,7 +13,7 @@ from mergefs.methods.contract import (
     Answers,
     BasePolicy,
     Block,
-    ElementSum,
+    ElementSums,
     Method,
     Parameter,
     RawRun,
@@ -23,6 +23,7 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
 )
+from mergefs.methods.sums import SUMMING
 
 _REFERENCE = "https://arxiv.org/abs/2601.13572"
 _EPSILON = Parameter(
@@ -90,16 +91,10 @@ class Ram(Method[RamCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES or not coefficients.experts:
             return None
-        from mergefs.kernels.fused import ram as kernel
-        from mergefs.kernels.fused.memory import address, addresses, empty_result
+        from mergefs.kernels.fused.ram import merge
 
-        base = run.inputs[coefficients.base]
-        result = empty_result(base, run.dtype)
-        buffers = np.empty((2, kernel.TILE), dtype=np.float32)
-        experts = addresses([run.inputs[model] for model in coefficients.experts])
-        epsilon = np.float32(coefficients.epsilon)
-        kernel.KERNEL.compiled(run.dtype)(result, address(base), experts, epsilon, buffers[0], buffers[1])
-        return result.view(np.uint8)
+        experts = [run.inputs[model] for model in coefficients.experts]
+        return merge(run.dtype, run.inputs[coefficients.base], experts, coefficients.epsilon, coefficients.boosts)
 
     def response(self, context: TensorContext, answers: Answers) -> Response:
         """Between 1 (changed alone) and 1 / experts (changed by all): who else changed an element decides."""
@@ -128,17 +123,18 @@ class RamPlus(Ram):
 
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """How many elements each expert changed, alone and with others."""
-        return tuple(count for pair in self._counts(context) for count in pair)
+        return (self._changes(context),) if context.experts else ()
 
     def coefficients(self, context: TensorContext, answers: Answers) -> RamCoefficients:
         """Turn the counts into a boost for each expert, by the float32 steps that torch takes."""
         plain = super().coefficients(context, answers)
         number = Precision(F32).carrier
         boosts: list[float] = []
+        counts = answers.vector(self._changes(context)).reshape(-1, 2) if context.experts else np.zeros((0, 2))
         with np.errstate(all="ignore"):
-            for alone, shared in self._counts(context):
-                least = np.maximum(number(answers.number(alone)), number(context.number("epsilon")))
-                part = np.clip(number(answers.number(shared)) / least, 0, number(context.number("alpha")))
+            for alone, shared in counts:
+                least = np.maximum(number(alone), number(context.number("epsilon")))
+                part = np.clip(number(shared) / least, 0, number(context.number("alpha")))
                 # With an epsilon of 0, an expert that changed nothing at all has no part in anything.
                 boosts.append(1.0 if np.isnan(part) else float(number(1) + number(context.number("r")) * part))
         return RamCoefficients(plain.base, plain.experts, plain.epsilon, tuple(boosts))
@@ -148,12 +144,8 @@ class RamPlus(Ram):
         return F32 if compute.bits == 16 else compute
 
     def kernels(self) -> tuple[str, ...]:
-        """None: a fused kernel ends in the compute dtype."""
-        return ()
-
-    def fused(self, run: RawRun, coefficients: RamCoefficients) -> Raw | None:
-        """Leave it to the reference."""
-        return None
+        """One pass over the bytes for a merge, and one to count changes."""
+        return ("ram", *SUMMING)
 
     def reference(self, block: Block, coefficients: RamCoefficients, precision: Precision) -> Array:
         """Follow the formula; the mean of shared changes is still rounded to the compute dtype."""
@@ -166,16 +158,15 @@ class RamPlus(Ram):
             total = total + (alone * base.dtype.type(boost) + precision.round(shared / changes.divisor))
         return base + total
 
-    def _counts(self, context: TensorContext) -> list[tuple[ElementSum, ElementSum]]:
-        """Ask for the number of elements that each expert changed alone, and with others."""
-        models = (*context.experts, *(() if context.base is None else (context.base,)))
+    def _changes(self, context: TensorContext) -> ElementSums:
+        """Ask for the numbers of elements that each expert changed: alone, and then with others."""
+        if context.base is None:
+            raise ValueError("ramplus_tl needs a base")
+        models = (*context.experts, context.base)
         epsilon = float(Precision(context.compute).scalar(context.number("epsilon")))
-
-        def count(kind: str, index: int) -> ElementSum:
-            terms = partial(_changed, index=index, alone=kind == "alone", epsilon=epsilon)
-            return ElementSum(f"changed {kind} by {index} of {len(models) - 1}", models, terms, (epsilon,))
-
-        return [(count("alone", index), count("shared", index)) for index in range(len(context.experts))]
+        terms, fused = (partial(way, epsilon=epsilon) for way in (_changed, _changed_fused))
+        count = 2 * len(context.experts)
+        return ElementSums("changed alone and by several", models, terms, (epsilon,), fused=fused, count=count)
 
 
 def _active(base: Array, experts: Sequence[Array], epsilon: float, precision: Precision) -> tuple[list[Array], Array]:
@@ -194,9 +185,19 @@ def _changes(base: Array, experts: Sequence[Array], epsilon: float, precision: P
     return _Changes(tuple(d * alone for d in deltas), tuple(d * shared for d in deltas), divisor)
 
 
-def _changed(block: Block, precision: Precision, index: int, alone: bool, epsilon: float) -> Array:
-    """Return 1 where the expert ``index`` changed an element, alone or with others; the base is the last input."""
+def _changed(block: Block, precision: Precision, epsilon: float) -> Array:
+    """Return two rows for each expert: 1 where it changed an element alone, and with others; the base comes last."""
     *experts, base = block.inputs
     deltas, count = _active(base, experts, epsilon, precision)
-    changed: Array = ((deltas[index] != 0) & ((count == 1) if alone else (count > 1))).astype(np.float32)
+    alone, shared = count == 1, count > 1
+    rows = [(delta != 0) & part for delta in deltas for part in (alone, shared)]
+    changed: Array = np.stack(rows).astype(np.float32)
     return changed
+
+
+def _changed_fused(block: Block, precision: Precision, epsilon: float) -> Array:
+    """Do the same in one pass."""
+    from mergefs.kernels.fused.ram import shares
+
+    *experts, base = (np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs)
+    return shares(precision.dtype, base, experts, epsilon)
