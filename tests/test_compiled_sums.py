@@ -107,6 +107,7 @@ def test_arrays_are_loaded_rounded_and_stored_as_by_numpy(dtype: DType, stored: 
         np.testing.assert_array_equal(found, expected)
         for values in (expected * np.float32(1 / 3), (expected * np.float32(7)).reshape(1, -1), expected[::2]):
             np.testing.assert_array_equal(compiled.round(values), plain.round(values))
+        np.testing.assert_array_equal(compiled.order_keys(expected), plain.order_keys(expected))
         for out in (BF16, F16, F32):
             numbers = [load(way(expected, dtype, out), out, out) for way in (store, store_compiled)]
             np.testing.assert_array_equal(*numbers)

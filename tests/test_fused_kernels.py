@@ -312,7 +312,7 @@ def test_dtypes_that_have_no_fused_kernel_are_passed_over_by_prepare() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_names_kernels_that_there_are(name: str) -> None:
     prepare(METHODS[name].kernels(), [F32])
-    plain = {"sce", "arcee_fusion", "passthrough"}
+    plain = {"arcee_fusion", "passthrough"}
     assert bool(METHODS[name].kernels()) == (name not in plain)
 
 

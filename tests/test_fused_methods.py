@@ -8,7 +8,7 @@ from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inp
 
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.kernels.precision import Precision, Raw, load, store
-from mergefs.methods.contract import Block, Quantity, Statistic, TensorContext
+from mergefs.methods.contract import Answer, Answers, Block, Quantity, Statistic, TensorContext, Threshold
 from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
 from mergefs.methods.masks import KeepAll, KeepRandom, KeepRanked
 from mergefs.methods.model_stock import ModelStock, ModelStockCoefficients
@@ -16,6 +16,7 @@ from mergefs.methods.multislerp import Multislerp, MultislerpCoefficients
 from mergefs.methods.nearswap import NearSwap, NearSwapCoefficients
 from mergefs.methods.nuslerp import Nuslerp, NuslerpCoefficients, Turn
 from mergefs.methods.ram import Ram, RamCoefficients, RamPlus
+from mergefs.methods.sce import Sce, SceCoefficients, SelectAll, Selected, SelectNone
 from mergefs.methods.task_vector import DELLA, DELLA_LINEAR, ExpertCoefficients, TaskVectorCoefficients
 
 
@@ -188,6 +189,55 @@ def test_changes_alone_and_with_others_are_those_of_the_formula(
     context = TensorContext("w", size, size, 1, dtype, 0, count + 1, parameters, ({},) * (count + 1), 0)
     (wanted,) = RamPlus().statistics(context)
     assert_fused_terms_are_the_formulas(wanted, random_inputs(seed, count + 1, size, dtype), dtype, 0)
+
+
+def selections(dtype: DType) -> st.SearchStrategy[Selected]:
+    """Return any selection; thresholds lie anywhere, those of variances that occur among them."""
+    precision = Precision(dtype)
+    met = [int(key) for key in precision.order_keys(np.array([0, 2**-24, 2**-10, 1, np.inf, np.nan], np.float32))]
+    keys = st.integers(0, 2**precision.order_bits - 1) | st.sampled_from(met)
+    thresholds = st.builds(Threshold, keys, st.integers(0, 2**40) | st.integers(990, 4000))
+    return st.just(SelectAll()) | st.just(SelectNone()) | thresholds
+
+
+@by_dtype
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.data(),
+    count=st.integers(1, 5),
+    seed=seeds,
+    size=st.integers(1, 3000),
+    start=st.sampled_from([0, 1000, 2**33 + 7]),
+)
+def test_any_sce_equals_the_reference(
+    dtype: DType, data: st.DataObject, count: int, seed: int, size: int, start: int
+) -> None:
+    order = data.draw(st.permutations(range(count + 1)))
+    weights = tuple(data.draw(rounded_factors(dtype)) for _ in range(count))
+    coefficients = SceCoefficients(order[0], tuple(order[1:]), data.draw(selections(dtype)), weights)
+    assert_equals_reference(Sce(), coefficients, random_inputs(seed, count + 1, size, dtype), dtype, start)
+
+
+@by_dtype
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), count=st.integers(1, 5), seed=seeds, size=st.integers(1, 3000))
+def test_what_sce_asks_is_computed_as_by_the_formula(
+    dtype: DType, data: st.DataObject, count: int, seed: int, size: int
+) -> None:
+    parameters = {"select_topk": 0.5}
+    context = TensorContext("w", size, size, 1, dtype, 0, count + 1, parameters, ({},) * (count + 1), 0)
+    inputs = random_inputs(seed, count + 1, size, dtype)
+    (varying,) = Sce().statistics(context)
+    assert_fused_terms_are_the_formulas(varying, inputs, dtype, 0)
+    answers: dict[Statistic, Answer] = {varying: float(size)}
+    (variance,) = Sce().further_statistics(context, Answers(answers)) or (None,)
+    if variance is None:  # half of one element is none
+        return
+    assert_fused_terms_are_the_formulas(variance, inputs, dtype, 0)
+    limit = data.draw(selections(dtype).filter(lambda selected: isinstance(selected, Threshold)))
+    assert isinstance(limit, Threshold)
+    (energies,) = Sce().further_statistics(context, Answers(answers | {variance: limit}))
+    assert_fused_terms_are_the_formulas(energies, inputs, dtype, 995)
 
 
 @by_dtype

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
@@ -16,6 +18,7 @@ from mergefs.methods.contract import (
     ElementThreshold,
     Method,
     Parameter,
+    RawRun,
     Response,
     Scope,
     Specification,
@@ -23,9 +26,14 @@ from mergefs.methods.contract import (
     TensorContext,
     Threshold,
 )
+from mergefs.methods.sums import SUMMING
 
 _SMALLEST_ENERGY: Final = 1e-6
 _SMALLEST_DIVISOR: Final = 1e-6
+_NAN_BITS: Final = 0x7FFFFFFF
+"""What stands for every NaN where bits of magnitudes are compared."""
+
+_ABOVE_ALL: Final = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,22 @@ class Sce(Method[SceCoefficients]):
         divisor = np.maximum(precision.round(_sum(weights)), precision.scalar(_SMALLEST_DIVISOR))
         return precision.round(base + precision.round(mixed / divisor))
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes for a merge, and one for each number that it needs to know."""
+        return ("sce", *SUMMING)
+
+    def fused(self, run: RawRun, coefficients: SceCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES or not coefficients.experts:
+            return None
+        from mergefs.kernels.fused.sce import merge
+
+        inputs = [run.inputs[model] for model in (*coefficients.experts, coefficients.base)]
+        precision = Precision(run.dtype)
+        selection = _fused_selection(coefficients.selected, precision)
+        smallest = float(precision.scalar(_SMALLEST_DIVISOR))
+        return merge(run.dtype, inputs, coefficients.weights, smallest, run.start, selection)
+
     def response(self, context: TensorContext, answers: Answers) -> Response:
         """Between 1 (alone with its sign) and 1 / experts; an estimate, since weights and signs are elected."""
         return Response.estimated([0.0 if model == context.base else 1.0 for model in range(context.models)])
@@ -197,7 +221,7 @@ def _varying_of_block(block: Block, precision: Precision) -> Array:
 
 def _varying(context: TensorContext) -> ElementSum:
     """Ask for the number of elements that vary across the experts."""
-    return ElementSum("varying elements", _inputs(context), _varying_of_block)
+    return ElementSum("varying elements", _inputs(context), _varying_of_block, fused=_varying_fused)
 
 
 def _variance_threshold(context: TensorContext, answers: Answers) -> ElementThreshold | None:
@@ -208,7 +232,9 @@ def _variance_threshold(context: TensorContext, answers: Answers) -> ElementThre
     # mergekit multiplies in float32.
     varying = answers.number(_varying(context))
     keep = min(int(np.float32(varying) * np.float32(share)), context.size)
-    return ElementThreshold("variance", _inputs(context), _variances_of_block, keep=keep) if keep else None
+    if not keep:
+        return None
+    return ElementThreshold("variance", _inputs(context), _variances_of_block, fused=_variances_fused, keep=keep)
 
 
 def _selected(context: TensorContext, answers: Answers) -> Selected:
@@ -227,5 +253,49 @@ def _energies(context: TensorContext, selected: Selected) -> ElementSums:
         deltas = _selected_deltas(base, experts, selected, block.start, precision)
         return np.stack([precision.round(delta * delta) for delta in deltas])
 
-    share = context.number("select_topk")
-    return ElementSums("selected energies", _inputs(context), squares, (share,), count=len(context.experts))
+    def squares_fused(block: Block, precision: Precision) -> Array:
+        from mergefs.kernels.fused.sce import energies
+
+        return energies(precision.dtype, _raws(block), block.start, _fused_selection(selected, precision))
+
+    share, count = context.number("select_topk"), len(context.experts)
+    return ElementSums("selected energies", _inputs(context), squares, (share,), fused=squares_fused, count=count)
+
+
+def _raws(block: Block) -> list[Raw]:
+    """Return the inputs of a block as bytes of float32."""
+    return [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs]
+
+
+def _variances_fused(block: Block, precision: Precision) -> Array:
+    from mergefs.kernels.fused.sce import variances
+
+    return variances(precision.dtype, _raws(block))
+
+
+def _varying_fused(block: Block, precision: Precision) -> Array:
+    varying: Array = (_variances_fused(block, precision) != 0).astype(np.float32)
+    return varying
+
+
+def _fused_selection(selected: Selected, precision: Precision) -> tuple[int, NDArray[np.int64]]:
+    """Return what is selected in the form that kernels take: see ``mergefs.kernels.fused.sce``."""
+    from mergefs.kernels.fused import sce as kernel
+
+    if isinstance(selected, SelectAll):
+        return kernel.SELECT_ALL, np.zeros(3, dtype=np.int64)
+    if isinstance(selected, SelectNone):
+        return kernel.SELECT_NONE, np.zeros(3, dtype=np.int64)
+    before, after = (_variance_bits(key, precision) for key in (selected.key, selected.key + 1))
+    return kernel.SELECT_LARGEST, np.array([selected.cut, before, after], dtype=np.int64)
+
+
+def _variance_bits(key: int, precision: Precision) -> int:
+    """Return the bits of the smallest float32 from 0 on whose order key is at least ``key``."""
+    zero, nan = 1 << (precision.order_bits - 1), (1 << precision.order_bits) - 1
+    if key <= zero:
+        return 0
+    if key > nan:
+        return _ABOVE_ALL
+    value = np.float32(precision.of_order_key(key))
+    return _NAN_BITS if np.isnan(value) else int(value.view(np.uint32))

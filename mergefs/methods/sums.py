@@ -13,7 +13,7 @@ from mergefs.kernels.precision import Array, Precision
 from mergefs.kernels.sums import row_sums, sums_across
 from mergefs.methods.contract import Block, ElementSums, Moments, SingleSums
 
-SUMMING: Final = ("arrays", "lanes", "moments", "squares", "turns")
+SUMMING: Final = ("arrays", "digits", "lanes", "moments", "squares", "turns")
 """The modules of ``mergefs.kernels.fused`` that add up what statistics ask for."""
 
 Sums: TypeAlias = ElementSums | SingleSums

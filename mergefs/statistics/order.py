@@ -19,6 +19,7 @@ KeyStream: TypeAlias = Callable[[], Iterator[tuple[int, Keys]]]
 
 _DIGIT = 16
 _BINS = 1 << _DIGIT
+_MOST_COMPILED_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,26 @@ def largest(stream: KeyStream, bits: int, size: int, keep: int) -> Threshold:
 def _count(stream: KeyStream, shift: int, prefixes: set[int], bits: int) -> dict[int, NDArray[np.int64]]:
     """Return for each of ``prefixes``, the bits above the wanted digit, how many keys have each value of that digit."""
     counts: dict[int, NDArray[np.int64]] = {prefix: np.zeros(_BINS, dtype=np.int64) for prefix in prefixes}
+    count = _compiled_count() if bits <= _MOST_COMPILED_BITS else _count_plainly
     for _, keys in stream():
-        digits = keys >> keys.dtype.type(shift)
         for prefix, table in counts.items():
-            wanted = digits
-            if shift + _DIGIT < bits:
-                wanted = digits[(digits >> digits.dtype.type(_DIGIT)) == prefix] & digits.dtype.type(_BINS - 1)
-            table += np.bincount(wanted, minlength=_BINS)
+            count(keys, shift, prefix, table)
     return counts
+
+
+def _count_plainly(keys: Keys, shift: int, prefix: int, counts: NDArray[np.int64]) -> None:
+    """Add to ``counts`` those of the digit above ``shift`` of the keys that have ``prefix`` above it."""
+    digits = keys >> keys.dtype.type(shift)
+    if shift + _DIGIT < keys.itemsize * 8:
+        digits = digits[(digits >> digits.dtype.type(_DIGIT)) == prefix] & digits.dtype.type(_BINS - 1)
+    counts += np.bincount(digits, minlength=_BINS)
+
+
+def _compiled_count() -> Callable[[Keys, int, int, NDArray[np.int64]], None]:
+    """Return what does the same in one pass."""
+    from mergefs.kernels.fused.digits import count_digits
+
+    return count_digits
 
 
 def _narrowed(known: Ranked, rank: int, counts: NDArray[np.int64]) -> Ranked:

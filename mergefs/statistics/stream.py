@@ -47,7 +47,7 @@ class TensorStream:
 
     def keys(self, quantity: Quantity) -> Iterator[tuple[int, Keys]]:
         """Yield for each tile its first flat index and the order keys of a quantity."""
-        precision = Precision(self.compute)
+        precision = _precision(self.compute)
         for block in self.blocks([quantity]):
             for tile in block.tiles([quantity]):
                 with np.errstate(all="ignore"):

@@ -4,13 +4,14 @@ from typing import Any, Final
 
 import numpy as np
 from numba.core import types
+from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.conversion import convert
 from mergefs.kernels.fused.memory import address, empty
-from mergefs.kernels.fused.values import loaded, rounded
+from mergefs.kernels.fused.values import loaded, order_key, rounded
 from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.kernels.precision import load as load_plainly
 from mergefs.kernels.precision import store as store_plainly
@@ -27,6 +28,12 @@ def _round(like: Any, single: Any, values: Any, results: Any) -> None:
         results[i] = rounded(value, like) if value == value else _NAN
 
 
+def _order(like: Any, single: Any, values: Any, keys: Any) -> None:
+    """Fill ``keys`` with the order keys of the float32 at the address ``values``, values of the dtype of ``like``."""
+    for i in range(np.uint64(keys.size)):
+        keys[i] = order_key(loaded(values, i, single), like)
+
+
 def _signature(element: Any) -> Any:
     """Return the signature for the element type that stands for the dtype."""
     return types.void(
@@ -37,11 +44,21 @@ def _signature(element: Any) -> Any:
     )
 
 
+def _signature_of_order(element: Any) -> Any:
+    """Return the signature of ``_order`` for the element type that stands for the dtype."""
+    keys = types.uint32 if element == types.uint32 else types.uint16
+    return types.void(
+        types.Array(element, 1, "C"), types.Array(types.uint32, 1, "C"), types.uint64, types.Array(keys, 1, "C")
+    )
+
+
 KERNEL: Final = Kernel(_round, _signature)
+_ORDER: Final = Kernel(_order, _signature_of_order)
+KERNELS: Final = (KERNEL, _ORDER)
 
 
 class CompiledPrecision(Precision):
-    """Rounds float32 in one pass; everything else is as in ``Precision``."""
+    """Rounds float32, and takes order keys of them, in one pass; everything else is as in ``Precision``."""
 
     __slots__ = ()
 
@@ -52,6 +69,14 @@ class CompiledPrecision(Precision):
         results: Array = np.empty(values.shape, dtype=np.float32)
         KERNEL.compiled(self.dtype)(_LIKE[self.dtype], _LIKE[F32], address(values), results.reshape(-1))
         return results
+
+    def order_keys(self, values: Array) -> NDArray[np.unsignedinteger[Any]]:
+        """Return unsigned integers that order as the values do; NaN, any of them, is above all."""
+        if values.dtype != np.float32 or not values.flags.c_contiguous or values.ndim != 1:
+            return Precision.order_keys(self, values)
+        keys: NDArray[np.unsignedinteger[Any]] = np.empty(values.size, np.uint32 if self.dtype == F32 else np.uint16)
+        _ORDER.compiled(self.dtype)(_LIKE[self.dtype], _LIKE[F32], address(values), keys)
+        return keys
 
 
 def precision_of(dtype: DType) -> Precision:

@@ -167,6 +167,29 @@ def _key_float32(context: Any, builder: Any, value: Any) -> Any:
     return _magnitude(builder, value)
 
 
+def _ordered(builder: Any, value: Any, bits: Any, width: int) -> Any:
+    """Return the order key of a number from its ``bits``, of which there are ``width`` in a 32 bit integer."""
+    sign, every = _int32(1 << (width - 1)), _int32((1 << width) - 1)
+    negative = builder.icmp_unsigned("!=", builder.and_(bits, sign), _int32(0))
+    key = builder.select(negative, builder.xor(bits, every), builder.or_(bits, sign))
+    return builder.select(builder.fcmp_unordered("uno", value, value), every, key)
+
+
+def _order_bfloat16(context: Any, builder: Any, value: Any) -> Any:
+    """Return the order key of a float32 that is a BF16."""
+    return _ordered(builder, value, builder.lshr(builder.bitcast(value, _INT32), _int32(16)), 16)
+
+
+def _order_float16(context: Any, builder: Any, value: Any) -> Any:
+    """Return the order key of a float32 that is an F16."""
+    return _ordered(builder, value, builder.zext(_narrow_float16(context, builder, value), _INT32), 16)
+
+
+def _order_float32(context: Any, builder: Any, value: Any) -> Any:
+    """Return the order key of a float32."""
+    return _ordered(builder, value, builder.bitcast(value, _INT32), 32)
+
+
 _WIDEN: Final[dict[Any, tuple[ir.Type, _Operation]]] = {
     types.uint16: (_INT16, _widen_bfloat16),
     types.int16: (_INT16, _widen_float16),
@@ -188,6 +211,11 @@ _BIN: Final[dict[Any, _Operation]] = {
     types.uint16: _bin_bfloat16,
     types.int16: _bin_float16,
     types.uint32: _bin_float32,
+}
+_ORDER: Final[dict[Any, _Operation]] = {
+    types.uint16: _order_bfloat16,
+    types.int16: _order_float16,
+    types.uint32: _order_float32,
 }
 _KEY: Final[dict[Any, _Operation]] = {**_BIN, types.uint32: _key_float32}
 """A 16 bit magnitude has 15 bits, all of which its bin has."""
@@ -267,6 +295,18 @@ def magnitude_key(typing_context: Any, value: Any, like: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return choose(context, builder, arguments[0])
+
+    return types.uint32(types.float32, like), generate
+
+
+@_instruction
+def order_key(typing_context: Any, value: Any, like: Any) -> Any:
+    """Return the key of a value in the dtype of ``like`` that orders as the values do; NaN is above all."""
+    choose = _ORDER[like.dtype]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # Both zeros have the same key.
+        return choose(context, builder, builder.fadd(arguments[0], _float(0.0)))
 
     return types.uint32(types.float32, like), generate
 
