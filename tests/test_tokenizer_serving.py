@@ -24,8 +24,6 @@ from mergefs.errors import BudgetError
 from mergefs.planner.plan import MergePlan
 from mergefs.tokenizer import service
 
-pytestmark = pytest.mark.mounts
-
 # Embeddings of several blocks, the last one ragged.
 HIDDEN, WORDS = 128, 9000
 FILE = "model.safetensors"
