@@ -16,8 +16,13 @@ from mounting import Mount, mounted_recipes, run_mergefs, wait_for
 from recipes import MERGES, recipe_document, write_document
 
 import mergefs
+from mergefs.engine.model_files import ModelFiles
+from mergefs.errors import RecipeError
+from mergefs.mount import shelf as shelf_module
 from mergefs.mount.mountinfo import find_mount
+from mergefs.mount.shelf import Shelf
 from mergefs.mount.unmount import read_status
+from mergefs.recipe.variants import Variant
 
 pytestmark = pytest.mark.mounts
 
@@ -241,6 +246,52 @@ def test_a_recipe_that_would_read_the_mount_from_itself_is_refused(recipes: Reci
         error = recipes.root / f"circle-{number}" / "ERROR.txt"
         wait_for(error.exists, "the error")
         assert "lies inside the mount point" in error.read_text()
+
+
+def shelf_of(directory: Path, error: Exception) -> Shelf:
+    """Return a shelf of two recipes that none can be planned of, for a reason."""
+    directory.mkdir()
+    for name in ("first", "second"):
+        (directory / f"{name}.yml").touch()
+
+    def plan(path: Path, variant: Variant | None) -> ModelFiles:
+        raise error
+
+    return Shelf([directory], plan, lambda shown: False)
+
+
+def test_a_bug_while_a_recipe_is_planned_is_shown_in_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = shelf_of(tmp_path / "recipes", ZeroDivisionError("division by zero"))
+    shelf.refresh()
+    (record, _) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.exc_info is not None
+    assert shelf.errors()["first"] == (
+        f"{tmp_path}/recipes/first.yml: internal error while planning (ZeroDivisionError: division by zero); this is a "
+        "bug, and the log has the details"
+    )
+
+
+def test_a_directory_that_cannot_be_read_shows_what_it_had_and_the_log_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "recipes"
+    shelf = shelf_of(directory, RecipeError("no recipe"))
+    assert [*shelf.names()] == ["first", "second"]
+
+    def fail(path: Path) -> tuple[Path, ...]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for turn in (1, 2):
+        with monkeypatch.context() as broken:
+            broken.setattr(shelf_module, "recipes_at", fail)
+            for _ in range(5):
+                assert [*shelf.names()] == ["first", "second"]
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"{directory} cannot be read: Input/output error"] * turn
+        assert [*shelf.names()] == ["first", "second"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE
 from mergefs.engine.workspace import Workspace
-from mergefs.errors import MergefsError, UsageError
+from mergefs.errors import UsageError
 from mergefs.mount.background import Background
 from mergefs.mount.live import LiveTree
 from mergefs.mount.models import ModelTree
@@ -107,10 +107,9 @@ class _Builder:
         for name, path in tree.shelf.names().items():
             try:
                 model = self._planned(path)
-            except MergefsError as error:
+            except Exception as error:  # whatever it is, other recipes have nothing to do with it
                 if path in named:
                     raise
-                _LOG.warning("%s is not shown: %s", name, error)
                 tree.shelf.put_error(name, path, error)
             else:
                 tree.shelf.put(name, path, model)

@@ -14,6 +14,7 @@ from blake3 import blake3
 from mergefs.checkpoint.source import Fingerprint
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MergefsError
+from mergefs.mount.logs import summary
 from mergefs.mount.recipe_files import recipes_at, unique_names
 from mergefs.mount.shown import ErrorDirectory, ModelDirectory, ShownDirectory
 from mergefs.planner.plan_ids import names_plan
@@ -52,6 +53,8 @@ class Shelf:
         self._recipes = tuple(recipes)
         self._plan = plan
         self._in_use = in_use
+        self._files: dict[Path, tuple[Path, ...]] = {}
+        self._unreadable: set[Path] = set()
         self._lock = threading.RLock()
         self._directories: OrderedDict[str, ShownDirectory] = OrderedDict()
         self._shown: dict[str, Shown] = {}
@@ -59,8 +62,11 @@ class Shelf:
         self._refused: OrderedDict[str, tuple[Fingerprint | None, float]] = OrderedDict()
 
     def names(self) -> Mapping[str, Path]:
-        """Return the recipe files that are there now, by the names that they are shown under."""
-        files = [file for path in self._recipes for file in _files_at(path)]
+        """Return the recipe files that are there now, by the names that they are shown under.
+
+        Of a directory that cannot be read they are those that were there when it could.
+        """
+        files = [file for path in self._recipes for file in self._files_at(path)]
         return dict(zip(unique_names(files), files, strict=True))
 
     def put(self, name: str, path: Path, files: ModelFiles) -> None:
@@ -68,10 +74,10 @@ class Shelf:
         with self._lock:
             self._shown[name] = Shown(_fingerprint(path), self._add(ModelDirectory(files)))
 
-    def put_error(self, name: str, path: Path, error: MergefsError) -> None:
-        """Show what is wrong with a recipe."""
+    def put_error(self, name: str, path: Path, error: Exception) -> None:
+        """Show what is wrong with a recipe, and log it."""
         with self._lock:
-            self._shown[name] = Shown(_fingerprint(path), self._add(ErrorDirectory(str(error), time.time_ns())))
+            self._shown[name] = Shown(_fingerprint(path), self._add(_broken(name, path, error)))
 
     def target(self, name: str) -> str | None:
         """Return the name of the directory that ``name`` stands for now, or None; plan it when that is due.
@@ -118,6 +124,21 @@ class Shelf:
             found = {name: self._directories[shown.target] for name, shown in self._shown.items()}
         return {name: one.sentence for name, one in found.items() if isinstance(one, ErrorDirectory)}
 
+    def _files_at(self, path: Path) -> tuple[Path, ...]:
+        """Return the recipe files that ``path`` stands for now; the id of a plan stands for itself."""
+        if names_plan(path):
+            return (path,)
+        try:
+            found = tuple(file for file in recipes_at(path) if file.exists())
+        except OSError as error:
+            if path not in self._unreadable:  # said once, and not several times a second
+                self._unreadable.add(path)
+                _LOG.warning("%s cannot be read: %s", path, error.strerror)
+            return self._files.get(path, ())
+        self._unreadable.discard(path)
+        self._files[path] = found
+        return found
+
     def _current(self, name: str, path: Path) -> str:
         """Return the directory of a recipe as its file is now."""
         fingerprint = _fingerprint(path)
@@ -132,9 +153,8 @@ class Shelf:
             directory: ShownDirectory
             try:
                 directory = ModelDirectory(self._plan(path, None))
-            except MergefsError as error:
-                _LOG.warning("%s is not shown: %s", name, error)
-                directory = ErrorDirectory(str(error), time.time_ns())
+            except Exception as error:  # whatever it is, other recipes have nothing to do with it
+                directory = _broken(name, path, error)
             else:
                 _LOG.info("%s shows plan %s", name, directory.plan_id)
             self._shown[name] = Shown(fingerprint, self._add(directory))
@@ -205,15 +225,17 @@ def _read_files(directory: ShownDirectory) -> frozenset[tuple[Path, Fingerprint]
     return directory.files.read_files if isinstance(directory, ModelDirectory) else frozenset()
 
 
-def _files_at(path: Path) -> Sequence[Path]:
-    """Return the recipe files that ``path`` stands for now; the id of a plan stands for itself."""
-    if names_plan(path):
-        return (path,)
-    try:
-        return tuple(file for file in recipes_at(path) if file.exists())
-    except OSError as error:
-        _LOG.warning("%s cannot be read: %s", path, error.strerror)
-        return ()
+def _broken(name: str, path: Path, error: Exception) -> ErrorDirectory:
+    """Log why a recipe cannot be planned and return the directory that says so."""
+    if isinstance(error, MergefsError):
+        sentence = str(error)
+        _LOG.warning("%s is not shown: %s", name, sentence)
+    else:
+        sentence = (
+            f"{path}: internal error while planning ({summary(error)}); this is a bug, and the log has the details"
+        )
+        _LOG.error("%s is not shown: %s", name, sentence, exc_info=error)
+    return ErrorDirectory(sentence, time.time_ns())
 
 
 def _fingerprint(path: Path) -> Fingerprint | None:
