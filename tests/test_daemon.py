@@ -117,11 +117,13 @@ def test_the_log_goes_to_a_temporary_directory_when_there_is_no_state_directory(
     unmount(directory / "mnt")
 
 
-def test_a_service_manager_is_told_when_a_foreground_mount_answers(directory: Path) -> None:
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_service_manager_is_told_when_a_foreground_mount_answers(directory: Path, abstract: bool) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(directory / "notify"))
+        manager.bind(f"\0{directory}" if abstract else str(directory / "notify"))
         manager.settimeout(DEADLINE)
-        with foreground_mount(directory, extra={"NOTIFY_SOCKET": str(directory / "notify")}) as mount:
+        address = f"@{directory}" if abstract else str(directory / "notify")
+        with foreground_mount(directory, extra={"NOTIFY_SOCKET": address}) as mount:
             assert manager.recv(100) == b"READY=1"
             assert (mount.mountpoint / "config.json").read_bytes() == FILES["/config.json"]
 
