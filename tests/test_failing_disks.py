@@ -21,7 +21,7 @@ from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError, SourceChangedError, SourceReadError
 from mergefs.materialize import durability, output, weights
-from mergefs.materialize import materialize as materialize_module
+from mergefs.materialize import run as run_module
 from mergefs.materialize.manifest import PIECE, manifest_hash
 from mergefs.materialize.materialize import Interrupted, Materialized, materialize
 from mergefs.materialize.staging import staging_path
@@ -88,7 +88,7 @@ def disk(path: Path, size: int) -> Iterator[Path]:
 def test_a_disk_that_is_full_at_any_stage_leaves_the_old_state_and_resuming_goes_on(
     models: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replacing: bool
 ) -> None:
-    monkeypatch.setattr(materialize_module, "_check_space", lambda *_: None)
+    monkeypatch.setattr(run_module, "check_space", lambda *_: None)
     recipe = write_recipe(tmp_path / "recipe.yml", NEW, models)
     expected = write(recipe, tmp_path / "expected")
     old = write(write_recipe(tmp_path / "old.yml", OLD, models), tmp_path / "old")

@@ -24,6 +24,7 @@ from mergefs.cli import main
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
+from mergefs.materialize import run as run_module
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import Interrupted, Materialized, materialize
 from mergefs.materialize.recomputing import verify_deep
@@ -258,7 +259,7 @@ def test_a_run_that_is_killed_leaves_the_old_state_or_the_new_one_and_the_next_r
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(materialize_module, "_check_space", lambda *_: None)
+    monkeypatch.setattr(run_module, "check_space", lambda *_: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)

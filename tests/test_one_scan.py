@@ -126,7 +126,7 @@ def test_what_there_is_no_room_for_is_read_again(recipe: Path, tmp_path: Path) -
 # Blocks that are held -------------------------------------------------------------------------------------------------
 
 
-def test_blocks_are_held_as_far_as_there_is_room_until_they_were_used(models: Family) -> None:
+def test_blocks_are_held_as_far_as_there_is_room_until_all_users_are_done(models: Family) -> None:
     checkpoint = open_checkpoint(models.experts[0])
     tensor = checkpoint.tensors["model.embed_tokens.weight"]
     shard = checkpoint.shards[tensor.shard]
@@ -135,20 +135,20 @@ def test_blocks_are_held_as_far_as_there_is_room_until_they_were_used(models: Fa
     for number, block in enumerate(blocks):
         held.hold(shard, tensor, number * BLOCK_ELEMENTS, block)
 
-    def found(number: int, last: bool) -> bool:
+    def found(number: int) -> bool:
         start = number * BLOCK_ELEMENTS
-        return held.get(shard, tensor, start, start + BLOCK_ELEMENTS, last) is blocks[number]
+        return held.get(shard, tensor, start, start + BLOCK_ELEMENTS) is blocks[number]
 
-    assert [found(number, last=False) for number in range(3)] == [True, True, False]
-    assert held.get(shard, tensor, 0, 7, last=False) is None  # which is not the block
-    assert found(0, last=True)
-    assert not found(0, last=True)
-    held.hold(shard, tensor, 2 * BLOCK_ELEMENTS, blocks[2])
-    assert found(2, last=False)
+    assert [found(number) for number in range(3)] == [True, True, False]
+    assert held.get(shard, tensor, 0, 7) is None  # which is not the block
+    assert [held.use(shard, tensor, 0) for _ in range(2)] == [True, False]
+    held.forget(shard, tensor, users=2)
     assert held.has(shard, tensor)
-    held.forget(shard, tensor)
+    held.forget(shard, tensor, users=2)
     assert not held.has(shard, tensor)
-    assert not found(1, last=False)
+    assert not found(1)
+    held.hold(shard, tensor, 2 * BLOCK_ELEMENTS, blocks[2])
+    assert found(2)
 
 
 def test_a_block_that_is_another_one_when_it_is_read_again_is_an_error(models: Family, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mergefs.catalog import Catalog
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError, VerificationError
 from mergefs.materialize import durability, output, weights
-from mergefs.materialize import materialize as materialize_module
+from mergefs.materialize import run as run_module
 from mergefs.materialize.journal import Journal, Piece, Prepared, Read, Work, read_journal
 from mergefs.materialize.manifest import PIECE, manifest_hash
 from mergefs.materialize.materialize import Interrupted, Materialized, materialize
@@ -190,7 +190,7 @@ def test_work_on_another_plan_is_neither_used_nor_lost(
 def test_what_was_written_by_another_version_is_computed_anew(
     interrupted: Staging, recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(materialize_module, "__version__", "0.0.0")
+    monkeypatch.setattr(run_module, "__version__", "0.0.0")
     assert write(recipe, out, Interrupted.RESUME).reused_bytes == 0
     assert list(out.parent.iterdir()) == [out]
 

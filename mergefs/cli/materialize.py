@@ -1,5 +1,6 @@
 """``mergefs materialize``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from mergefs.cli.settings import Settings, absolute
 from mergefs.errors import MaterializeError
 
 if TYPE_CHECKING:
-    from mergefs.materialize.materialize import Materialized
+    from mergefs.materialize.materialize import Materialized, Order
     from mergefs.planner.plan import MergePlan
 
 
@@ -62,11 +63,11 @@ def command(
 ) -> None:
     """Write merged models to disk, each all or nothing.
 
-    One RECIPE is written to OUT itself; several, or a directory of recipes, to a directory each below OUT. The bytes
-    are those that a mount of the same recipe shows. Models that have not been analysed are hashed as they are read, so
+    One RECIPE is written to OUT itself; several, or a directory of recipes, to a directory each below OUT, all at the
+    same time: what they have in common is read once. RECIPE@CHANGES is a variant. The bytes are those that a mount of
+    the same recipe shows. Models that have not been analysed are hashed as they are read, so
     that the result can be told by its hash on any machine; --no-verify-reads leaves that out.
     """
-    from mergefs.cli.output import print_json
     from mergefs.mount.recipe_files import expand_recipes, unique_names
 
     if resume and fresh:
@@ -78,12 +79,7 @@ def command(
     files = expand_recipes(recipes)
     single = len(recipes) == 1 and not recipes[0].is_dir()
     destinations = [absolute(out) if single else absolute(out) / name for name in unique_names(files)]
-    for recipe, destination in zip(files, destinations, strict=True):
-        plan, result = _materialize(settings, recipe, destination, arguments, how)
-        if as_json:
-            print_json({**asdict(result), **asdict(result.totals), "directory": str(result.directory)})
-        elif not settings.quiet:
-            _print(plan, result)
+    _report(settings, _materialize(settings, files, destinations, arguments, how), as_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +95,15 @@ class _How:
 
 
 def _materialize(
-    settings: Settings, recipe: Path, destination: Path, arguments: PlanArguments, how: _How
-) -> tuple["MergePlan", "Materialized"]:
-    """Write one model."""
+    settings: Settings, recipes: Sequence[Path], destinations: Sequence[Path], arguments: PlanArguments, how: _How
+) -> list[tuple["Order", "Materialized | Exception"]]:
+    """Write one model for each recipe."""
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
     from mergefs.engine.allocator import limit_arenas
     from mergefs.engine.workspace import Workspace
-    from mergefs.materialize.materialize import Interrupted, default_threads, materialize
+    from mergefs.materialize.materialize import Interrupted, Order, default_threads, materialize_together
     from mergefs.materialize.memory import Memory
     from mergefs.planner.targets import plan_target
 
@@ -119,15 +115,38 @@ def _materialize(
     interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:
-            plan = plan_target(recipe, arguments.options(), workspace, listener)
-            return plan, materialize(plan, destination, workspace, how.overwrite, listener, interrupted, threads)
+            plans = [plan_target(recipe, arguments.options(), workspace, listener) for recipe in recipes]
+            orders = [Order(plan, destination) for plan, destination in zip(plans, destinations, strict=True)]
+            results = materialize_together(orders, workspace, how.overwrite, listener, interrupted, threads)
     except MaterializeError:
         raise  # which says itself how to go on
     except BaseException:
-        _tell_of_unfinished(destination)
+        for destination in destinations:
+            _tell_of_unfinished(destination)
         raise
     finally:
         workspace.close()
+    return list(zip(orders, results, strict=True))
+
+
+def _report(settings: Settings, results: list[tuple["Order", "Materialized | Exception"]], as_json: bool) -> None:
+    """Print what was written. Raises the first error, when all else is said."""
+    from mergefs.cli.output import print_json, print_note
+
+    errors: list[Exception] = []
+    for order, result in results:
+        if isinstance(result, Exception):
+            errors.append(result)
+            if not isinstance(result, MaterializeError):  # which says itself how to go on
+                _tell_of_unfinished(order.destination)
+        elif as_json:
+            print_json({**asdict(result), **asdict(result.totals), "directory": str(result.directory)})
+        elif not settings.quiet:
+            _print(order.plan, result)
+    for error in errors[1:]:
+        print_note(f"another model was not written either: {error}")
+    if errors:
+        raise errors[0]
 
 
 def _tell_of_unfinished(destination: Path) -> None:

@@ -37,17 +37,24 @@ def recipes_at(path: Path) -> tuple[Path, ...]:
 
 
 def unique_names(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Return the name of each recipe's directory: the file's name without its suffix.
+    """Return the name of each recipe's directory: the file's name without its suffix, with the changes of a variant.
 
     Where two recipes would share a name, or what is left begins with a dot, the suffix stays; after that a number is
     added.
     """
     names: list[str] = []
     for path in paths:
-        name = path.name if path.stem in names or path.stem.startswith(".") else path.stem
+        short = _short_name(path)
+        name = path.name if short in names or short.startswith(".") else short
         number = 2
         while name in names:
-            name = f"{path.stem}-{number}"
+            name = f"{short}-{number}"
             number += 1
         names.append(name)
     return tuple(names)
+
+
+def _short_name(path: Path) -> str:
+    """Return what a mount calls the model of a recipe, or of a variant of it, unless that is taken."""
+    file, separator, changes = path.name.partition("@")
+    return f"{Path(file).stem}@{changes}" if separator and not path.exists() else path.stem

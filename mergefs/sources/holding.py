@@ -1,6 +1,7 @@
 """Blocks that were read to learn something of a whole tensor, held for the merge that needs the same bytes next."""
 
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,6 +11,15 @@ from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
 
 _Tensor: TypeAlias = tuple[Path, Fingerprint, int]
+
+
+@dataclass(slots=True)
+class _Held:
+    """The blocks of one tensor by their first element, which of them were used, and how many users are done with it."""
+
+    blocks: dict[int, Raw] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+    done: int = 0
 
 
 class HeldBlocks:
@@ -22,23 +32,24 @@ class HeldBlocks:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._blocks: dict[_Tensor, dict[int, Raw]] = {}
+        self._tensors: dict[_Tensor, _Held] = {}
         self._size = 0
 
-    def get(self, shard: Shard, tensor: TensorSource, start: int, stop: int, last: bool) -> Raw | None:
-        """Return the block with these elements, None where it is not held.
-
-        It stays held unless this is the ``last`` time that it is asked for.
-        """
-        key = _key(shard, tensor)
+    def get(self, shard: Shard, tensor: TensorSource, start: int, stop: int) -> Raw | None:
+        """Return the block with these elements, None where it is not held."""
         with self._lock:
-            blocks = self._blocks.get(key, {})
-            found = blocks.get(start)
-            if found is None or found.nbytes != (stop - start) * tensor.dtype.itemsize:
-                return None
-            if last:
-                self._size -= blocks.pop(start).nbytes
-        return found
+            held = self._tensors.get(_key(shard, tensor))
+            found = None if held is None else held.blocks.get(start)
+        return None if found is None or found.nbytes != (stop - start) * tensor.dtype.itemsize else found
+
+    def use(self, shard: Shard, tensor: TensorSource, start: int) -> bool:
+        """Note that a block that is held is used for the merge, and return whether that is the first time."""
+        with self._lock:
+            held = self._tensors.get(_key(shard, tensor))
+            if held is None or start in held.used:
+                return False
+            held.used.add(start)
+            return True
 
     def hold(self, shard: Shard, tensor: TensorSource, start: int, raw: Raw) -> None:
         """Hold ``raw``, which must not be written to any more, if it is a block and there is room for it."""
@@ -48,20 +59,26 @@ class HeldBlocks:
             return
         with self._lock:
             if self._size + raw.nbytes <= self._capacity:
-                blocks = self._blocks.setdefault(_key(shard, tensor), {})
-                if start not in blocks:
-                    blocks[start] = raw
+                held = self._tensors.setdefault(_key(shard, tensor), _Held())
+                if start not in held.blocks:
+                    held.blocks[start] = raw
                     self._size += raw.nbytes
 
     def has(self, shard: Shard, tensor: TensorSource) -> bool:
         """Return whether anything of a tensor is held."""
         with self._lock:
-            return bool(self._blocks.get(_key(shard, tensor)))
+            return _key(shard, tensor) in self._tensors
 
-    def forget(self, shard: Shard, tensor: TensorSource) -> None:
-        """Hold nothing of a tensor any longer."""
+    def forget(self, shard: Shard, tensor: TensorSource, users: int) -> None:
+        """Hold nothing of a tensor any longer, once that was said by all of its users."""
+        key = _key(shard, tensor)
         with self._lock:
-            self._size -= sum(block.nbytes for block in self._blocks.pop(_key(shard, tensor), {}).values())
+            held = self._tensors.get(key)
+            if held is not None:
+                held.done += 1
+                if held.done >= users:
+                    del self._tensors[key]
+                    self._size -= sum(block.nbytes for block in held.blocks.values())
 
 
 def _key(shard: Shard, tensor: TensorSource) -> _Tensor:

@@ -152,9 +152,9 @@ class SourceReader:
         """Read elements from the file unless they are held, and check the whole blocks among them."""
         analysing = purpose is Purpose.ANALYSIS
         if self._held is not None:
-            found = self._held.get(shard, tensor, start, stop, last=not analysing)
+            found = self._held.get(shard, tensor, start, stop)
             if found is not None:
-                if not analysing:
+                if not analysing and self._held.use(shard, tensor, start):
                     self._ledger.record_use(purpose, found.nbytes, shard.path)
                 return found
         itemsize = tensor.dtype.itemsize
@@ -185,9 +185,10 @@ class SourceReader:
         return self._kept.get(key, read)
 
     def forget(self, shard: Shard, tensor: TensorSource) -> None:
-        """Hold nothing of a tensor any longer: whoever merges it is done."""
+        """Hold nothing of a tensor any longer, when all that merge it have said so."""
         if self._held is not None:
-            self._held.forget(shard, tensor)
+            users = 1 if self._shared is None else self._shared.users_of(shard)
+            self._held.forget(shard, tensor, users)
 
     def will_read(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> None:
         """Let the system begin to read elements that are going to be read for ``purpose``, unless they are held.

@@ -44,6 +44,10 @@ class SharedBlocks:
                     self._users -= Counter(self._gone.popleft())
         return self._users[file]
 
+    def users_of(self, shard: Shard) -> int:
+        """Return how many read a file."""
+        return self._users_of((shard.path, shard.fingerprint))
+
     def read(self, shard: Shard, tensor: TensorSource, start: int, stop: int, read: Callable[[], Raw]) -> Raw:
         """Return the elements ``start`` to ``stop`` of a tensor, by ``read`` where they are not kept.
 
