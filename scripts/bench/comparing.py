@@ -110,7 +110,9 @@ def _same_but_for_equal_magnitudes(family: Family, ours: Weights, theirs: Weight
             open_to_chance = np.zeros(len(found.where), dtype=np.bool_)
             for expert in experts:
                 least = _least_magnitude_kept(base[found.name], expert[found.name])
-                open_to_chance |= _magnitudes(base[found.name][found.where], expert[found.name][found.where]) == least
+                if least:  # of zeros it makes no difference which are kept
+                    values = base[found.name][found.where], expert[found.name][found.where]
+                    open_to_chance |= _magnitudes(*values) == least
             unexplained += int((~open_to_chance).sum())
     if unexplained:
         return Checked(False, f"{unexplained:,} of {elements:,} elements differ, and no equal magnitudes explain it")

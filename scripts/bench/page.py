@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Final
 
+from bench.figures import draw_all
 from bench.machine import described
 from bench.markdown import Target, rate, table
 from bench.results import Results
@@ -15,16 +16,23 @@ BEGIN: Final = "<!-- measured by scripts/bench.py compare: begin -->"
 END: Final = "<!-- measured by scripts/bench.py compare: end -->"
 
 _SECTIONS: Final = (peers, budgets, mounts, variants, threads, footprint)
+_SHOWN: Final = {
+    "peers": "Seconds of mergekit, mergefs and plain copying, for each method and number of experts",
+    "budgets": "Seconds by budget",
+    "mounts": "Rates of reading a mount, first and again, and the file",
+}
 _VERDICTS: Final = {True: "met", False: "**missed**", None: "not measured"}
 
 
 def write_page(document: Path, setting: Setting, results: Results) -> None:
     """Write the measured part of a page anew. Raises MergefsError where the page has no place for it."""
+    pictures = draw_all(setting, results, document.parent / "figures")
     targets = [target for section in _SECTIONS for target in section.targets(setting, results)]
     parts = [
         _machine(setting, results),
         "## What is aimed at\n",
         table(("target", "measured", ""), (_row(target) for target in targets), words=3),
+        *(f"![{_SHOWN[what]}]({path})\n" for what, path in pictures.items()),
         *filter(None, (section.section(setting, results) for section in _SECTIONS)),
     ]
     text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"

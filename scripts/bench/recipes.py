@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from bench.families import Family
 
-DENSITY: Final = 0.5
+DENSITY: Final = 0.3
+"""Fewer than the elements that an expert has changed, or a density would select nothing."""
 
 
 @dataclass(frozen=True, slots=True)

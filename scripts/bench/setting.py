@@ -19,7 +19,8 @@ class Extent:
     """How much is measured: numbers of experts, budgets in percent, variants of a recipe, and methods.
 
     ``main`` is the number of experts wherever one number is enough, ``counts`` those of the comparison of all methods,
-    ``sweep`` those under one budget, ``budgeted`` the number of experts that all ``budgets`` are tried with.
+    ``sweep`` those under one budget, ``budgeted`` the number of experts that all ``budgets`` are tried with. ``few``
+    are the methods that cores and mounts are measured with.
     """
 
     main: int = 4
@@ -28,6 +29,7 @@ class Extent:
     budgeted: int = 8
     budgets: tuple[int, ...] = (100, 50, 25, 10, 5, 1)
     variants: int = 10
+    few: tuple[str, ...] = ("ties", "linear")
     methods: tuple[str, ...] = ("linear", "task_arithmetic", "ties", "slerp", "model_stock", "dare_ties", "della")
 
 
@@ -38,7 +40,8 @@ SMOKE: Final = Extent(
     budgeted=2,
     budgets=(100, 10),
     variants=2,
-    methods=("linear", "ties", "slerp", "dare_ties"),
+    few=("ties",),
+    methods=("ties", "linear"),
 )
 
 

@@ -17,11 +17,11 @@ def all_rows(setting: Setting) -> list[Row]:
     rows += [
         peers.merging(setting, "ties", main, small),
         budgets.spending(setting, slow=True),
-        mounts.mounting(setting, "ties"),
+        mounts.mounting(setting, setting.extent.few[0]),
         variants.varying(setting),
-        *(threads.threading(setting, method) for method in threads.METHODS),
+        *(threads.threading(setting, method) for method in setting.extent.few),
         budgets.growing(setting),
-        mounts.mounting(setting, "linear"),
+        *(mounts.mounting(setting, method) for method in setting.extent.few),
         budgets.spending(setting, slow=False),
     ]
     methods = [METHODS[name] for name in setting.extent.methods]

@@ -10,7 +10,6 @@ from bench.results import Checked
 from bench.rounds import Row, Way
 from bench.setting import TINY, Setting, named
 
-METHODS = ("ties", "linear")
 STATES = ("cold", "warm")
 
 

@@ -7,7 +7,6 @@ from bench.rows.mounts import ENGINE, FILE_COLD, PATTERNS, again, file, first, m
 from bench.setting import Setting, named
 from mergefs.units import format_size
 
-_METHODS = ("ties", "linear")
 _OF_THE_ENGINE = 0.8
 _ENOUGH = 1e9
 _OF_THE_FILE = 0.75
@@ -22,7 +21,7 @@ def section(setting: Setting, results: Results) -> str:
         f"{SHARE} in pieces of {format_size(PIECE)}, *mmap* touches every page of all files in order. *again* is a "
         "second reading of the same mount. *engine* computes the same bytes in one process without a mount.\n",
     ]
-    for method in _METHODS:
+    for method in setting.extent.few:
         name = mount_name(setting, method)
         if results.median(name, ENGINE) is not None:
             checked = results.checked(name)
@@ -53,7 +52,7 @@ def _speed(results: Results, name: str, way: str) -> float | None:
 def targets(setting: Setting, results: Results) -> list[Target]:
     """Return what is aimed at when mounts are read."""
     found = []
-    for method in _METHODS[:1]:
+    for method in setting.extent.few[:1]:
         name = mount_name(setting, method)
         checked = results.checked(name)
         agrees = checked is None or checked.same

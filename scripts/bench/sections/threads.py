@@ -3,7 +3,7 @@
 from bench.markdown import Target, at_least, median_of, memory, ratio, table, times
 from bench.results import Results
 from bench.rows.peers import COLD, WARM, start_of
-from bench.rows.threads import METHODS, STATES, threads_name, way_of
+from bench.rows.threads import STATES, threads_name, way_of
 from bench.setting import Setting, named
 
 _ENOUGH = 1.6
@@ -13,7 +13,7 @@ _STARTS = {"cold": COLD, "warm": WARM}
 def section(setting: Setting, results: Results) -> str:
     """Return the table of one core and two."""
     rows = []
-    for method in METHODS:
+    for method in setting.extent.few:
         name = threads_name(setting, method)
         checked = results.checked(name)
         if checked is not None and not checked.same:
@@ -49,6 +49,6 @@ def targets(setting: Setting, results: Results) -> list[Target]:
             _gain(results, method, threads_name(setting, method), state),
             _ENOUGH,
         )
-        for method in METHODS
+        for method in setting.extent.few
         for state in STATES
     ]
