@@ -115,6 +115,39 @@ def startup(experts: int, repeat: int, directory: Path | None, as_json: bool) ->
     report(measurements, facts, as_json)
 
 
+@bench.command()
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where to make the sparse models and their catalog (2.4 GB for 16 experts), kept for the next run.",
+)
+@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True, help="Experts beside the base.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
+@click.option("--memory", help="What planning may use, given to mergefs plan --memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def scale(work: Path, experts: int, repeat: int, memory: str | None, as_json: bool) -> None:
+    """What planning and mounting take with models of 405 B parameters, which have made-up statistics.
+
+    The largest value of all rounds is held against its target.
+    """
+    from bench.scale import Family, measure_scale
+    from bench.shapes import LLAMA_405B
+
+    family = Family(work.resolve(), LLAMA_405B, experts)
+    figures = measure_scale(family, repeat, () if memory is None else ("--memory", memory))
+    if as_json:
+        click.echo(json.dumps({figure.name: figure.values for figure in figures}, indent=2))
+        return
+    click.echo(f"{experts} experts of {LLAMA_405B.parameters / 1e9:.1f} B parameters, {repeat} rounds")
+    for figure in figures:
+        verdict = ""
+        if figure.target is not None:
+            met = "met" if figure.worst < figure.target else "MISSED"
+            verdict = f"  (to stay below {figure.shown(figure.target)}: {met})"
+        click.echo(f"{figure.name}: {', '.join(map(figure.shown, figure.values))}{verdict}")
+
+
 @bench.command(name="materialize-cost")
 @click.option("--size", default="1GiB", show_default=True, help="Bytes of each of the three models, and of the output.")
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that are counted.")
