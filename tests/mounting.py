@@ -25,12 +25,12 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 _RECORD: Final = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (\S+): (.*)")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = DEADLINE) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = DEADLINE, pause: float = 0.005) -> None:
     """Return when ``condition()`` is true; AssertionError, which names ``what``, when the deadline passes."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def environment(state: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:

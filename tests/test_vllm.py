@@ -4,6 +4,7 @@ import re
 import shlex
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class World:
     recipe: Path
     catalog: Path
     mounts: tuple[Mount, Mount]
+    scratch: Path
+    """Where vLLM keeps its files: a short path, since sockets are among them."""
 
     @property
     def merged(self) -> Path:
@@ -114,10 +117,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, catalogs: Path) -> Iterator[
         "extra": {"MERGEFS_CATALOG": str(catalog)},
     }
     with (
+        tempfile.TemporaryDirectory(prefix="vllm-") as scratch,
         mounted_recipes(recipe.parent, mountpoint=root / "mnt" / "models", **common) as models,
         mounted_recipes(recipe, mountpoint=root / "mnt" / "merged", **common) as merged,
     ):
-        made = World(root, recipe, catalog, (models, merged))
+        made = World(root, recipe, catalog, (models, merged), Path(scratch))
         made.run("analyze", recipe)
         for variant in VARIANTS:
             changes = variant.removeprefix("ties")
@@ -135,7 +139,7 @@ def generated(world: World) -> dict[str, list[Answer]]:
         *(Engine(way, world.merged, options) for way, options in WAYS.items()),
         Engine("changing", world.mounted("ties"), reloads=[*reloads, world.mounted("ties")]),
     ]
-    done, answers = run_engines(engines, PROMPTS, TOKENS, world.root / "state")
+    done, answers = run_engines(engines, PROMPTS, TOKENS, world.scratch)
     assert done.returncode == 0, done.stdout + done.stderr
     return answers
 
@@ -185,10 +189,10 @@ def servers(world: World) -> Iterator[dict[str, Server]]:
     first = Path(directory).name
     other = "ties@budget=25%"
     changed = [str(world.mounted(other)) if word == directory else word for word in words]
-    state = world.root / "state"
+    prefetched = [*changed, "--safetensors-load-strategy", "prefetch"]
     found = {
-        first: Server(words, "first", state, extra),
-        other: Server([*changed, "--safetensors-load-strategy", "prefetch"], "other", state, extra),
+        first: Server(words, "first", world.scratch, extra),
+        other: Server(prefetched, "other", world.scratch, extra),
     }
     with serving(*found.values()):
         yield found
@@ -249,8 +253,7 @@ def test_a_server_takes_the_weights_of_an_edited_recipe(
 
 
 def test_an_engine_that_dies_while_it_loads_holds_nothing(world: World) -> None:
-    state = world.root / "state"
-    done, answers = run_engines([Engine("dying", world.merged, dies=True)], PROMPTS, TOKENS, state)
+    done, answers = run_engines([Engine("dying", world.merged, dies=True)], PROMPTS, TOKENS, world.scratch)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert answers == {}
     assert_unharmed(world)

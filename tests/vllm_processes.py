@@ -46,15 +46,16 @@ def program(name: str) -> Path:
     return path
 
 
-def variables(state: Path) -> dict[str, str]:
-    """Return an environment for vLLM: its files below ``state``, little memory, and one thread, as all have here."""
+def variables(scratch: Path) -> dict[str, str]:
+    """Return an environment for vLLM: its files below ``scratch``, little memory, and one thread, as all have here."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | {
-        "HF_HOME": str(state / "huggingface"),
+        "HF_HOME": str(scratch / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "VLLM_CACHE_ROOT": str(state / "vllm"),
-        "VLLM_CONFIG_ROOT": str(state / "vllm"),
+        "TMPDIR": str(scratch),
+        "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+        "VLLM_CONFIG_ROOT": str(scratch / "vllm"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
@@ -73,10 +74,10 @@ class Engine:
 
 
 def run_engines(
-    engines: Sequence[Engine], prompts: Sequence[str], tokens: int, state: Path
+    engines: Sequence[Engine], prompts: Sequence[str], tokens: int, scratch: Path
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, list[Answer]]]:
     """Load engines in one process; return how it ended, and for each what it generated at first and after reloads."""
-    question, answer = state / "question.json", state / "answer.json"
+    question, answer = scratch / "question.json", scratch / "answer.json"
     asked = {
         "prompts": list(prompts),
         "tokens": tokens,
@@ -96,7 +97,7 @@ def run_engines(
     answer.unlink(missing_ok=True)
     done = subprocess.run(
         [program("python"), "-P", ROOT / "tests" / "vllm_engines.py", question, answer],
-        env=variables(state) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env=variables(scratch) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         text=True,
         check=False,
@@ -117,16 +118,16 @@ def answer_of(told: Sequence[Mapping[str, Any]]) -> Answer:
 class Server:
     """``vllm serve`` in a session of its own."""
 
-    def __init__(self, words: Sequence[str], name: str, state: Path, extra: Mapping[str, str]) -> None:
+    def __init__(self, words: Sequence[str], name: str, scratch: Path, extra: Mapping[str, str]) -> None:
         adopt_orphans()
         self.ended = False
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log_file = state / f"{name}.log"
+        self.log_file = scratch / f"{name}.log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 [program("vllm"), *words, "--port", str(self.port), *switches(OPTIONS)],
-                env=variables(state) | extra,
+                env=variables(scratch) | extra,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -145,7 +146,7 @@ class Server:
             return False
 
         try:
-            wait_for(answers, "the server", READY)
+            wait_for(answers, "the server", READY, pause=0.1)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log()}") from error
 
