@@ -8,7 +8,18 @@ from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inp
 
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.kernels.precision import Precision, Raw, load, store
-from mergefs.methods.contract import Answer, Answers, Block, Quantity, Statistic, TensorContext, Threshold
+from mergefs.methods.contract import (
+    Answer,
+    Answers,
+    Block,
+    ElementNorms,
+    ElementSums,
+    Quantity,
+    SingleSums,
+    Statistic,
+    TensorContext,
+    Threshold,
+)
 from mergefs.methods.karcher import Karcher, KarcherCoefficients, Pull, Step
 from mergefs.methods.masks import KeepAll, KeepRandom, KeepRanked
 from mergefs.methods.model_stock import ModelStock, ModelStockCoefficients
@@ -290,3 +301,29 @@ def test_any_multislerp_equals_the_reference(
         radius=data.draw(number),
     )
     assert_equals_reference(Multislerp(), coefficients, random_inputs(seed, count + based, size, dtype), dtype)
+
+
+@by_dtype
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), count=st.integers(2, 5), based=st.booleans(), seed=seeds, size=st.integers(1, 3000))
+def test_what_multislerp_asks_is_computed_as_by_the_formula(
+    dtype: DType, data: st.DataObject, count: int, based: bool, seed: int, size: int
+) -> None:
+    models = count + based
+    weight = {"weight": 0.5}
+    parameters = ({"weight": 0.3}, *(weight,) * (models - 1))
+    shared = {"normalize_weights": True, "eps": 1e-8}
+    context = TensorContext("w", size, size, 1, dtype, 0 if based else None, models, shared, parameters, 0)
+    inputs = random_inputs(seed, models, size, dtype)
+    answers: dict[Statistic, Answer] = {}
+    wanted = Multislerp().statistics(context)
+    compiled = 0
+    while wanted:
+        (one,) = wanted
+        assert isinstance(one, ElementNorms | ElementSums | SingleSums)
+        if one.fused is not None:
+            assert_fused_terms_are_the_formulas(one, inputs, dtype, 0)
+            compiled += 1
+        answers[one] = np.array([data.draw(st.floats(0.1, 4)) for _ in range(one.count)])
+        wanted = Multislerp().further_statistics(context, Answers(answers))
+    assert compiled == 3

@@ -7,9 +7,11 @@ those before: norms, the norm of the mean, projections on it, the norm of the ta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32
 from mergefs.errors import RecipeError
@@ -141,11 +143,8 @@ class Multislerp(Method[MultislerpCoefficients]):
         result = empty_result(inputs[0], run.dtype)
         base = inputs[0] if coefficients.base is None else run.inputs[coefficients.base]
         line = coefficients.mean_norm is None
-        models = np.zeros((len(inputs), 3), dtype=np.float32)
-        models[:, 0] = coefficients.weights
-        if not line:
-            models[:, 1], models[:, 2] = coefficients.lengths, coefficients.projections
-        numbers = (coefficients.mean_norm or 1, coefficients.ahead, coefficients.aside, coefficients.radius)
+        models = _numbers_of_models(coefficients)
+        numbers = (coefficients.mean_norm or 0, coefficients.ahead, coefficients.aside, coefficients.radius)
         kernel.KERNEL.compiled(run.dtype)(
             result,
             addresses(inputs),
@@ -290,13 +289,49 @@ def _norms(context: TensorContext, name: str, known: MultislerpCoefficients, ter
     """Ask for the norms of ``terms``."""
     models, of_block, arguments = _about(context, known, terms)
     moments = Moments(known.base is not None) if terms is _deltas else None
-    return ask_norms(context.compute, f"multislerp: {name}", models, of_block, arguments, moments=moments, count=count)
+    fused = None if terms is _deltas else partial(_terms_fused, known=known, of_mean=terms is _mean)
+    about = f"multislerp: {name}"
+    return ask_norms(context.compute, about, models, of_block, arguments, fused=fused, moments=moments, count=count)
 
 
 def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) -> Sums:
     """Ask for the inner products of the directions with the mean's."""
     models, of_block, arguments = _about(context, known, _projections)
-    return ask_sums(context.compute, "multislerp: projections", models, of_block, arguments, count=len(known.models))
+    fused = partial(_projections_fused, known=known)
+    name, count = "multislerp: projections", len(known.models)
+    return ask_sums(context.compute, name, models, of_block, arguments, fused=fused, count=count)
+
+
+def _terms_fused(block: Block, precision: Precision, known: MultislerpCoefficients, of_mean: bool) -> Array:
+    """Return a row of the mean, or of the mean tangent, in one pass."""
+    from mergefs.kernels.fused import multislerp as kernel
+
+    return _computed(block, precision, known, kernel.MEAN if of_mean else kernel.TANGENT)
+
+
+def _projections_fused(block: Block, precision: Precision, known: MultislerpCoefficients) -> Array:
+    """Return a row for each direction, in one pass."""
+    from mergefs.kernels.fused import multislerp as kernel
+
+    return _computed(block, precision, known, kernel.PROJECTIONS)
+
+
+def _computed(block: Block, precision: Precision, known: MultislerpCoefficients, wanted: int) -> Array:
+    """Return what is ``wanted`` of ``mergefs.kernels.fused.multislerp``."""
+    from mergefs.kernels.fused.multislerp import terms
+
+    raws = [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs]
+    inputs, base = raws[: len(known.models)], None if known.base is None else raws[-1]
+    return terms(precision.dtype, inputs, base, _numbers_of_models(known), wanted, known.mean_norm or 0)
+
+
+def _numbers_of_models(known: MultislerpCoefficients) -> NDArray[np.float32]:
+    """Return weight, length and projection of each model, as far as they are known, in the form that kernels take."""
+    numbers = np.zeros((len(known.models), 3), dtype=np.float32)
+    for column, values in enumerate((known.weights, known.lengths, known.projections)):
+        if values:
+            numbers[:, column] = values
+    return numbers
 
 
 def _about(

@@ -26,15 +26,16 @@ def ask_sums(
     terms: Callable[[Block, Precision], Array],
     arguments: tuple[float, ...] = (),
     *,
+    fused: Callable[[Block, Precision], Array] | None = None,
     moments: Moments | None = None,
     count: int,
 ) -> Sums:
     """Ask for the sums of the ``count`` rows of ``terms``, which are values of the compute dtype.
 
-    ``moments`` are those of ``Quantity``.
+    ``fused`` and ``moments`` are those of ``Quantity``.
     """
     kind = SingleSums if compute == F32 else ElementSums
-    return kind(name, models, terms, arguments, moments=moments, count=count)
+    return kind(name, models, terms, arguments, fused=fused, moments=moments, count=count)
 
 
 def sums_of_rows(rows: Array, precision: Precision) -> Array:
