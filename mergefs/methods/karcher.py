@@ -7,6 +7,7 @@ are computed anew from the inputs, since no statistic may keep a whole tensor.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -356,8 +357,12 @@ def _walk_fused(inputs: Sequence[Array], known: KarcherCoefficients, precision: 
     """Do the same by the compiled kernel, in any of the dtypes that have some."""
     from mergefs.kernels.fused import karcher as kernel
 
-    raws = [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in inputs]
-    return _Reached(*kernel.reached(precision.dtype, raws, _path(known)))
+    return _Reached(*kernel.reached(precision.dtype, _raws(inputs), _path(known)))
+
+
+def _raws(inputs: Sequence[Array]) -> list[Raw]:
+    """Return arrays of float32 as bytes."""
+    return [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in inputs]
 
 
 def _path(known: KarcherCoefficients) -> "kernel.Path":
@@ -405,9 +410,16 @@ def _products(context: TensorContext, name: str, known: KarcherCoefficients) -> 
         known.models,
         _of_block(known, _projections, _walk),
         _arguments(context),
-        fused=_of_block(known, _projections, _walk_fused),
+        fused=partial(_projections_fused, known=known),
         count=len(known.models),
     )
+
+
+def _projections_fused(block: Block, precision: Precision, known: KarcherCoefficients) -> Array:
+    """Return the products of the mean with each direction in one pass."""
+    from mergefs.kernels.fused import karcher as kernel
+
+    return kernel.projections(precision.dtype, _raws(block.inputs), _path(known))
 
 
 def _of_block(known: KarcherCoefficients, terms: _Terms, walk: _Walk) -> Callable[[Block, Precision], Array]:

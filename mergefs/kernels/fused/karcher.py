@@ -110,7 +110,31 @@ def _signature(element: Any, stored: Any = None) -> Any:
     )
 
 
+def _project(like: Any, stored: Any, mean: Any, addresses: Any, norms: Any, products: Any) -> None:
+    """Fill a row of ``products`` (float64) for each direction: it times the ``mean`` (float32)."""
+    size = np.uint64(mean.size)
+    for k in range(addresses.size):
+        address, norm, row = addresses[k], norms[k], products[k]
+        for i in range(size):
+            row[i] = np.float64(mean[i]) * np.float64(rounded(loaded(address, i, stored) / norm, like))
+
+
+def _signature_of_projections(element: Any) -> Any:
+    """Return the signature of ``_project`` for the element type that stands for the dtype."""
+    values = types.Array(types.float32, 1, "C")
+    return types.void(
+        types.Array(element, 1, "C"),
+        types.Array(types.uint32, 1, "C"),
+        values,
+        types.Array(types.uint64, 1, "C"),
+        values,
+        types.Array(types.float64, 2, "C"),
+    )
+
+
 KERNEL: Final = Kernel(_karcher, _signature, for_statistics=True)
+_PROJECTIONS: Final = Kernel(_project, _signature_of_projections)
+KERNELS: Final = (KERNEL, _PROJECTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +153,15 @@ def reached(dtype: DType, inputs: Sequence[Raw], path: Path) -> tuple[NDArray[np
     mean, tangent = (view(aligned_bytes(size * 4), F32).view(np.float32) for _ in range(2))
     _call(KERNEL.compiled(dtype, F32), empty(0, dtype), empty(0, dtype), empty(0, F32), mean, tangent, inputs, path, 0)
     return mean, tangent
+
+
+def projections(dtype: DType, inputs: Sequence[Raw], path: Path) -> NDArray[np.float64]:
+    """Return a row for each direction: it times the mean that is reached; ``inputs`` are as for ``reached``."""
+    mean, _ = reached(dtype, inputs, path)
+    products = np.empty((len(inputs), mean.size), dtype=np.float64)
+    kernel = _PROJECTIONS.compiled(dtype)
+    kernel(empty(0, dtype), empty(0, F32), mean, addresses(inputs), path.norms, products)
+    return products
 
 
 def merge(dtype: DType, inputs: Sequence[Raw], path: Path, radius: float) -> Raw:

@@ -16,6 +16,7 @@ _STORAGE: Final[dict[DType, type[np.uint16] | type[np.int16] | type[np.uint32]]]
 }
 
 _CACHE_LINE: Final = 64
+_NOTHING: Final = {dtype.name: np.empty(0, dtype=storage) for dtype, storage in _STORAGE.items()}
 
 
 def address(raw: NDArray[Any]) -> np.uint64:
@@ -43,6 +44,8 @@ def aligned_bytes(size: int) -> Raw:
 
 def empty(count: int, dtype: DType) -> NDArray[Any]:
     """Return an array of ``count`` elements of the integer type that stands for ``dtype``."""
+    if not count:
+        return _NOTHING[dtype.name]
     return view(aligned_bytes(count * dtype.itemsize), dtype)
 
 
