@@ -8,6 +8,7 @@ from kernel_inputs import assert_equals_reference, by_dtype, factors, random_inp
 
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
 from mergefs.kernels.precision import Precision, Raw, load, store
+from mergefs.methods.arcee_fusion import ArceeFusion, ArceeFusionCoefficients
 from mergefs.methods.contract import (
     Answer,
     Answers,
@@ -327,3 +328,48 @@ def test_what_multislerp_asks_is_computed_as_by_the_formula(
         answers[one] = np.array([data.draw(st.floats(0.1, 4)) for _ in range(one.count)])
         wanted = Multislerp().further_statistics(context, Answers(answers))
     assert compiled == 3
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(
+    row=st.integers(1, 900),
+    rows=st.integers(1, 6),
+    start=st.integers(0, 2000),
+    threshold=factors,
+    swapped=st.booleans(),
+    seed=seeds,
+    to_f32=st.booleans(),
+)
+def test_any_arcee_fusion_equals_the_reference(
+    dtype: DType, row: int, rows: int, start: int, threshold: float, swapped: bool, seed: int, to_f32: bool
+) -> None:
+    generator = np.random.default_rng(seed)
+    size = rows * row - min(start, rows * row - 1)
+    with np.errstate(all="ignore"):
+        divergences = Precision(dtype).round(generator.standard_normal(-(-(start + size) // row)).astype(np.float32))
+        limit = float(Precision(dtype).scalar(threshold))
+    coefficients = ArceeFusionCoefficients(int(swapped), int(not swapped), row, divergences.astype(np.float64), limit)
+    inputs = random_inputs(seed, 2, size, dtype)
+    assert_equals_reference(ArceeFusion(), coefficients, inputs, dtype, start, F32 if to_f32 else dtype)
+
+
+@by_dtype
+@settings(max_examples=50, deadline=None)
+@given(row=st.integers(1, 300), rows=st.integers(1, 5), first_row=st.integers(0, 3), seed=seeds)
+def test_what_arcee_fusion_asks_is_computed_as_by_the_formula(
+    dtype: DType, row: int, rows: int, first_row: int, seed: int
+) -> None:
+    context = TensorContext("w", (first_row + rows) * row, row, row, dtype, 0, 2, {}, ({}, {}), 0)
+    generator = np.random.default_rng(seed)
+    whole = random_inputs(seed, 2, rows * row, dtype)
+    with np.errstate(all="ignore"):
+        near = load(whole[0][0], dtype, dtype) * generator.uniform(0.9, 1.1, rows * row).astype(np.float32)
+        close = (whole[0], (store(Precision(dtype).round(near), dtype, dtype), dtype))
+    for inputs in (whole, close):
+        (rows_asked,) = ArceeFusion().statistics(context)
+        assert_fused_terms_are_the_formulas(rows_asked, inputs, dtype, first_row * row)
+        divergences = generator.standard_normal(first_row + rows)
+        quartiles = ArceeFusion().further_statistics(context, Answers({rows_asked: divergences}))
+        assert len(quartiles) == 3
+        assert_fused_terms_are_the_formulas(quartiles[0], inputs, dtype, first_row * row)

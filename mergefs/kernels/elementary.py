@@ -7,6 +7,7 @@ computed from additions and multiplications alone, which every CPU rounds alike.
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,23 +41,26 @@ def _one_by_one(function: Callable[[float], float], values: Array, precision: Pr
     return precision.round(results)
 
 
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH = 6.93147180369123816490e-01  # 32 bits, so that products with small integers are exact
-_LN2_LOW = 1.90821492927058770002e-10
-_EXPONENTIAL_TERMS = 14
-_LOGARITHM_TERMS = 12
+LOG2_E: Final = 1.4426950408889634
+LN2_HIGH: Final = 6.93147180369123816490e-01  # 32 bits, so that products with small integers are exact
+LN2_LOW: Final = 1.90821492927058770002e-10
+EXPONENTIAL_COEFFICIENTS: Final = tuple(1 / math.factorial(term) for term in range(14, -1, -1))
+"""Of the powers of what is left of a power, the highest first."""
+
+LOGARITHM_COEFFICIENTS: Final = tuple(1 / (2 * term + 1) for term in range(12, 0, -1))
+"""Of the even powers of (m - 1) / (m + 1), the highest first."""
 
 
 def exponential(values: Array) -> NDArray[np.float64]:
     """Return e to the power of each value, within two units in the last place of float64."""
     powers = np.clip(values.astype(np.float64), -1100, 1100)
-    doublings = np.rint(powers * _LOG2_E)
-    rest = powers - doublings * _LN2_HIGH
-    rest -= doublings * _LN2_LOW
-    result = np.full(rest.shape, 1 / math.factorial(_EXPONENTIAL_TERMS))
-    for term in range(_EXPONENTIAL_TERMS - 1, -1, -1):
+    doublings = np.rint(powers * LOG2_E)
+    rest = powers - doublings * LN2_HIGH
+    rest -= doublings * LN2_LOW
+    result = np.full(rest.shape, EXPONENTIAL_COEFFICIENTS[0])
+    for coefficient in EXPONENTIAL_COEFFICIENTS[1:]:
         result *= rest
-        result += 1 / math.factorial(term)
+        result += coefficient
     exact: NDArray[np.float64] = np.ldexp(result, np.nan_to_num(doublings).astype(np.int32))
     return exact
 
@@ -73,13 +77,13 @@ def logarithm(values: Array) -> NDArray[np.float64]:
     # log(m) = 2 * artanh((m - 1) / (m + 1))
     ratio = (mantissas - 1) / (mantissas + 1)
     square = ratio * ratio
-    series = np.full(ratio.shape, 1 / (2 * _LOGARITHM_TERMS + 1))
-    for term in range(_LOGARITHM_TERMS - 1, 0, -1):
+    series = np.full(ratio.shape, LOGARITHM_COEFFICIENTS[0])
+    for coefficient in LOGARITHM_COEFFICIENTS[1:]:
         series *= square
-        series += 1 / (2 * term + 1)
+        series += coefficient
     series *= square
     twice = 2 * ratio
-    result = doublings * _LN2_HIGH + (twice + (twice * series + doublings * _LN2_LOW))
+    result = doublings * LN2_HIGH + (twice + (twice * series + doublings * LN2_LOW))
     plain = values.astype(np.float64)
     result = np.where(plain > 0, result, np.where(plain == 0, -np.inf, np.nan))
     return np.where(np.isposinf(plain), np.inf, result)

@@ -9,7 +9,9 @@ import numpy as np
 from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.errors import RecipeError
 from mergefs.kernels.elementary import exponential, logarithm
-from mergefs.kernels.precision import Array, Precision
+from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.kernels.sums import LaneSums
 from mergefs.methods.contract import (
     LONGEST_ROW,
     Answers,
@@ -18,6 +20,7 @@ from mergefs.methods.contract import (
     ElementQuantile,
     FewModels,
     Method,
+    RawRun,
     Response,
     RowValues,
     Specification,
@@ -26,6 +29,7 @@ from mergefs.methods.contract import (
     Vector,
 )
 from mergefs.methods.rounding import Analysis
+from mergefs.methods.sums import RANKS
 
 _SMALLEST_PROBABILITY: Final = 1e-8
 _BEYOND_QUARTILES: Final = 1.5
@@ -105,6 +109,20 @@ class ArceeFusion(Method[ArceeFusionCoefficients]):
         taken = (importance >= coefficients.threshold).astype(base.dtype)
         return base + delta * taken
 
+    def kernels(self) -> tuple[str, ...]:
+        """One pass over the bytes for a merge, one for the divergences, and one for the quartiles."""
+        return ("arcee_fusion", *RANKS)
+
+    def fused(self, run: RawRun, coefficients: ArceeFusionCoefficients) -> Raw | None:
+        """Do the same in one pass over the bytes."""
+        if run.dtype not in FUSED_DTYPES:
+            return None
+        from mergefs.kernels.fused.arcee_fusion import merge
+
+        base, other = run.inputs[coefficients.base], run.inputs[coefficients.other]
+        divergences = coefficients.divergences.astype(np.float32)
+        return merge(run.dtype, base, other, divergences, coefficients.row, run.start, coefficients.threshold)
+
     def response(self, context: TensorContext, answers: Answers) -> Response:
         """At most 1 for the other model, where its change is important."""
         analysis = Analysis(context.models, context.base, context.compute)
@@ -122,8 +140,8 @@ def _pair(context: TensorContext) -> tuple[int, int]:
 def _divergences(context: TensorContext) -> RowValues:
     """Ask for the divergence of each row of the other model from that of the base."""
     row = context.row
-    terms = partial(_divergences_of_rows, row=row)
-    return RowValues("divergence of softmax", _pair(context), terms, row=row)
+    terms, fused = (partial(way, row=row) for way in (_divergences_of_rows, _divergences_fused))
+    return RowValues("divergence of softmax", _pair(context), terms, fused=fused, row=row)
 
 
 def _divergences_of_rows(block: Block, precision: Precision, row: int) -> Array:
@@ -131,16 +149,35 @@ def _divergences_of_rows(block: Block, precision: Precision, row: int) -> Array:
     least = precision.scalar(_SMALLEST_PROBABILITY)
     base, other = (precision.round(_softmax(values.reshape(-1, row), precision) + least) for values in block.inputs)
     ratios = precision.round(logarithm(precision.round(other / base)).astype(precision.carrier))
-    sums = precision.round(other * ratios).astype(np.float64).sum(axis=1)
+    sums = _sums(precision.round(other * ratios))
     return precision.round(sums.astype(precision.carrier))
+
+
+def _sums(rows: Array) -> Vector:
+    """Return the sum of each row, in float64."""
+    return LaneSums.begin(len(rows)).add(rows).finish()
+
+
+def _raws(block: Block) -> list[Raw]:
+    """Return the inputs of a block as bytes of float32."""
+    return [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs]
+
+
+def _divergences_fused(block: Block, precision: Precision, row: int) -> Array:
+    """Do the same in one pass."""
+    from mergefs.kernels.fused.arcee_fusion import divergences
+
+    least = float(precision.scalar(_SMALLEST_PROBABILITY))
+    base, other = _raws(block)
+    return divergences(precision.dtype, base, other, row, least)
 
 
 def _softmax(rows: Array, precision: Precision) -> Array:
     """Return the softmax of each row: taken in float32 (float64 for F64) and rounded once."""
     kind = precision.carrier
-    powers = exponential(rows - rows.max(axis=1, keepdims=True)).astype(kind)
-    sums = powers.astype(np.float64).sum(axis=1, keepdims=True).astype(kind)
-    return precision.round(powers / sums)
+    powers: Array = exponential(rows - rows.max(axis=1, keepdims=True)).astype(kind)
+    sums: Array = _sums(powers).astype(kind)
+    return precision.round(powers / sums[:, None])
 
 
 def _importance(delta: Array, divergences: Vector, start: int, row: int, precision: Precision) -> Array:
@@ -157,8 +194,15 @@ def _quartiles(context: TensorContext, answers: Answers) -> tuple[ElementQuantil
         base, other = block.inputs
         return _importance(precision.round(other - base), divergences, block.start, context.row, precision)
 
-    arguments = (float(context.row),)
+    def importance_fused(block: Block, precision: Precision) -> Array:
+        from mergefs.kernels.fused.arcee_fusion import importance
+
+        of_rows = divergences.astype(np.float32)
+        base, other = _raws(block)
+        return importance(precision.dtype, base, other, of_rows, context.row, block.start)
+
+    pair, arguments, last = _pair(context), (float(context.row),), context.size - 1
     return tuple(
-        ElementQuantile("importance", _pair(context), importance, arguments, rank=quarter * (context.size - 1) // 4)
+        ElementQuantile("importance", pair, importance, arguments, fused=importance_fused, rank=quarter * last // 4)
         for quarter in (1, 2, 3)
     )

@@ -36,7 +36,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis, Form
-from mergefs.methods.sums import SUMMING
+from mergefs.methods.sums import MOMENTS, NORMS, SUMS
 
 if TYPE_CHECKING:
     from mergefs.kernels.fused import karcher as kernel
@@ -152,7 +152,7 @@ class Karcher(Method[KarcherCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes, for statistics too."""
-        return ("karcher", *SUMMING)
+        return ("karcher", *MOMENTS, *NORMS, *SUMS)
 
     def fused(self, run: RawRun, coefficients: KarcherCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""

@@ -29,7 +29,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 from mergefs.methods.rounding import Analysis
-from mergefs.methods.sums import SUMMING, Sums, ask_sums, sums_across_vectors, sums_of_rows
+from mergefs.methods.sums import MOMENTS, Sums, ask_sums, sums_across_vectors, sums_of_rows
 
 _SMALLEST_PRODUCT = 1e-6
 _SINGULAR = 1e-6
@@ -115,7 +115,7 @@ class ModelStock(Method[ModelStockCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one for each number that it needs to know."""
-        return ("model_stock", *SUMMING)
+        return ("model_stock", *MOMENTS)
 
     def fused(self, run: RawRun, coefficients: ModelStockCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes, where the whole tensor has one share."""

@@ -36,7 +36,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis, Form
-from mergefs.methods.sums import SUMMING, Sums, ask_sums
+from mergefs.methods.sums import MOMENTS, NORMS, SUMS, Sums, ask_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Multislerp(Method[MultislerpCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and those that statistics are added up by."""
-        return ("multislerp", *SUMMING)
+        return ("multislerp", *MOMENTS, *NORMS, *SUMS)
 
     def fused(self, run: RawRun, coefficients: MultislerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""

@@ -36,7 +36,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms, norms_of_rows
 from mergefs.methods.rounding import Analysis, Form
-from mergefs.methods.sums import SUMMING, Sums, ask_sums, sums_of_rows
+from mergefs.methods.sums import MOMENTS, Sums, ask_sums, sums_of_rows
 
 Part = Literal["whole", "rows", "columns"]
 
@@ -152,7 +152,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and two for what it needs to know."""
-        return ("nuslerp", *SUMMING)
+        return ("nuslerp", *MOMENTS)
 
     def fused(self, run: RawRun, coefficients: NuslerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes, where the whole tensor has one angle."""

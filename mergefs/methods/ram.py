@@ -23,7 +23,7 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
 )
-from mergefs.methods.sums import SUMMING
+from mergefs.methods.sums import SUMS
 
 _REFERENCE = "https://arxiv.org/abs/2601.13572"
 _EPSILON = Parameter(
@@ -145,7 +145,7 @@ class RamPlus(Ram):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one to count changes."""
-        return ("ram", *SUMMING)
+        return ("ram", *SUMS)
 
     def reference(self, block: Block, coefficients: RamCoefficients, precision: Precision) -> Array:
         """Follow the formula; the mean of shared changes is still rounded to the compute dtype."""

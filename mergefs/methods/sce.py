@@ -26,7 +26,7 @@ from mergefs.methods.contract import (
     TensorContext,
     Threshold,
 )
-from mergefs.methods.sums import SUMMING
+from mergefs.methods.sums import RANKS, SUMS
 
 _SMALLEST_ENERGY: Final = 1e-6
 _SMALLEST_DIVISOR: Final = 1e-6
@@ -150,7 +150,7 @@ class Sce(Method[SceCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one for each number that it needs to know."""
-        return ("sce", *SUMMING)
+        return ("sce", *RANKS, *SUMS)
 
     def fused(self, run: RawRun, coefficients: SceCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""

@@ -25,7 +25,7 @@ from mergefs.methods.contract import (
 )
 from mergefs.methods.norms import Norms, ask_norms, known_norms
 from mergefs.methods.rounding import Analysis
-from mergefs.methods.sums import SUMMING
+from mergefs.methods.sums import MOMENTS
 
 _COLINEAR = 0.9995
 _SMALLEST_NORM = 1e-8
@@ -103,7 +103,7 @@ class Slerp(Method[SlerpCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one for what it needs to know."""
-        return ("two_factors", *SUMMING)
+        return ("two_factors", *MOMENTS)
 
     def fused(self, run: RawRun, coefficients: SlerpCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""

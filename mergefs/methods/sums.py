@@ -13,8 +13,18 @@ from mergefs.kernels.precision import Array, Precision
 from mergefs.kernels.sums import row_sums, sums_across
 from mergefs.methods.contract import Block, ElementSums, Moments, SingleSums
 
-SUMMING: Final = ("arrays", "digits", "lanes", "moments", "squares", "turns")
-"""The modules of ``mergefs.kernels.fused`` that add up what statistics ask for."""
+# The modules of ``mergefs.kernels.fused`` that answer what is asked for.
+MOMENTS: Final = ("moments",)
+"""Norms and inner products, straight from bytes."""
+
+SUMS: Final = ("arrays", "lanes", "turns")
+"""Sums of terms that lie in arrays."""
+
+NORMS: Final = ("arrays", "squares")
+"""Norms of them."""
+
+RANKS: Final = ("arrays", "digits")
+"""Thresholds and quantiles of them."""
 
 Sums: TypeAlias = ElementSums | SingleSums
 

@@ -46,7 +46,7 @@ from mergefs.methods.masks import (
     kept,
     survivors_by_rank,
 )
-from mergefs.methods.sums import SUMMING
+from mergefs.methods.sums import SUMS
 from mergefs.methods.task_vector_response import task_vector_response
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
@@ -240,7 +240,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes, and those that rank rows or find thresholds."""
         if self.sparsifier == "ranked":
-            return ("task_vector", "ranking", *SUMMING)
+            return ("task_vector", "ranking", *SUMS)
         counted = ("histogram", "location", "refinement") if self.sparsifier in ("magnitude", "outliers") else ()
         return ("task_vector", *counted)
 

@@ -58,6 +58,7 @@ def _signature_of_doubles(element: Any) -> Any:
 
 KERNEL: Final = Kernel(_add_singles, _signature)
 _DOUBLES: Final = Kernel(_add_doubles, _signature_of_doubles)
+KERNELS: Final = (KERNEL, _DOUBLES)
 
 
 def add_to_lanes(lanes: NDArray[np.float64], values: NDArray[Any], filled: int) -> None:

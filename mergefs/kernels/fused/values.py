@@ -333,6 +333,26 @@ def signed_like(typing_context: Any, value: Any, sign: Any) -> Any:
 
 
 @_instruction
+def bits_of_double(typing_context: Any, value: Any) -> Any:
+    """Return the bits of a float64 as int64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), generate
+
+
+@_instruction
+def double_of_bits(typing_context: Any, bits: Any) -> Any:
+    """Return the float64 that has these bits (int64)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@_instruction
 def bits_differ(typing_context: Any, first: Any, second: Any) -> Any:
     """Return 1 (int32) where two float32 differ in any bit, else 0; so a negative zero differs from a positive one."""
 
