@@ -23,7 +23,7 @@ from mergefs.kernels.fused.squares import add_squares
 from mergefs.kernels.fused.turns import add_turns
 from mergefs.kernels.norms import PartialNorm
 from mergefs.kernels.precision import Array, Precision, load, store
-from mergefs.kernels.sums import LANES, LaneSums, PartialSums
+from mergefs.kernels.sums import LANES, AddToLanes, LaneSums, PartialSums
 from mergefs.methods.contract import Block, ElementSum, Moments, Quantity
 from mergefs.methods.norms import ask_norms
 from mergefs.methods.sums import ask_sums
@@ -66,6 +66,11 @@ def test_lanes(seed: int, count: int, size: int, places: list[int], kind: type) 
         by_lane[:, place % LANES] += whole[:, place]
     np.testing.assert_array_equal(plain.lanes, by_lane)
     np.testing.assert_allclose(plain.finish(), whole.sum(axis=1), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", [None, add_to_lanes], ids=["plain", "compiled"])
+def test_of_no_vectors_there_are_no_sums(way: AddToLanes | None) -> None:
+    assert LaneSums.begin(0).add(np.zeros((0, 5), dtype=np.float32), way).finish().size == 0
 
 
 def test_doubles_that_must_not_be_written_to_and_rows_that_are_not_in_one_piece_are_added() -> None:

@@ -65,8 +65,10 @@ class LaneSums:
             for row, into in zip(values, lanes, strict=True):
                 compiled(into, row, filled)
             return LaneSums(lanes, self.seen + count)
-        turns = np.zeros((len(values), -(-(filled + count) // LANES), LANES))
-        turns.reshape(len(values), -1)[:, filled : filled + count] = values
+        whole = -(-(filled + count) // LANES)
+        padded = np.zeros((len(values), whole * LANES))
+        padded[:, filled : filled + count] = values
+        turns = padded.reshape(len(values), whole, LANES)
         # Along any axis but the last numpy adds one after the other.
         lanes = np.add.reduce(np.concatenate((self.lanes[:, None], turns), axis=1), axis=1)
         return LaneSums(lanes, self.seen + count)

@@ -128,6 +128,21 @@ class Block:
     start: int
 
 
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RawRun:
+    """The same run of elements of every input, for a fused kernel: bytes of the compute dtype, each in one piece.
+
+    ``start`` is the flat index of the first element in the tensor.
+    """
+
+    inputs: tuple[Raw, ...]
+    dtype: DType
+    start: int
+
+
 @dataclass(frozen=True, slots=True)
 class Moments:
     """What the terms of a quantity are, as simple as norms and inner products need them.
@@ -150,7 +165,8 @@ class Quantity:
     ``name`` and ``arguments`` say which number, and are what answers about it are kept under: ``terms`` must depend on
     nothing else but a block of whole rows of the inputs ``models``, in that order. ``fused``, where there is one, gives
     the same bits by compiled kernels, for the compute dtypes that have them. Where ``moments`` says what the terms are,
-    they are computed and added up in one compiled pass.
+    they are computed and added up in one compiled pass. ``lanes``, where there is one, adds the terms of a block up
+    from its bytes: a row of 128 float64 for each sum in float64, as ``mergefs.kernels.sums.LaneSums`` has them.
     """
 
     name: str
@@ -159,6 +175,7 @@ class Quantity:
     arguments: tuple[float, ...] = ()
     fused: Callable[[Block, Precision], Array] | None = field(default=None, compare=False, repr=False, kw_only=True)
     moments: "Moments | None" = field(default=None, compare=False, repr=False, kw_only=True)
+    lanes: "Callable[[RawRun], Vector] | None" = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Put one and the same NaN into the arguments: others equal nothing, so the answer would never be found."""
@@ -277,7 +294,6 @@ class Threshold:
         return survives
 
 
-Vector = NDArray[np.float64]
 Answer = Threshold | float | Vector
 
 
@@ -351,18 +367,6 @@ class TensorContext:
         if value is None:
             raise KeyError(name)
         return float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class RawRun:
-    """The same run of elements of every input, for a fused kernel: bytes of the compute dtype, each in one piece.
-
-    ``start`` is the flat index of the first element in the tensor.
-    """
-
-    inputs: tuple[Raw, ...]
-    dtype: DType
-    start: int
 
 
 @dataclass(frozen=True, slots=True)

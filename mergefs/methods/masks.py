@@ -1,13 +1,11 @@
 """Which elements of a delta survive pruning."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mergefs.checkpoint.dtypes import F16, F32, DType
-from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.checkpoint.dtypes import F16, F32
+from mergefs.kernels.precision import Array, Precision
 from mergefs.kernels.random import UNIFORM_BITS, uniform_integers
 from mergefs.methods.contract import Threshold
 
@@ -88,12 +86,12 @@ def _kept_by_rank(mask: KeepRanked, delta: Array, start: int, precision: Precisi
     order = np.argsort(np.abs(delta).reshape(-1, mask.row), axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(mask.row)[None, :], axis=1)
-    probability = _probabilities(mask, precision)[ranks].reshape(-1)
+    probability = probabilities(mask, precision)[ranks].reshape(-1)
     draws = uniform_integers(mask.key, start, delta.size)
     return (draws / 2.0**UNIFORM_BITS < probability).astype(delta.dtype)
 
 
-def _probabilities(mask: KeepRanked, precision: Precision) -> Array:
+def probabilities(mask: KeepRanked, precision: Precision) -> Array:
     """Return the probability of each rank of a row, by the steps of rounding that torch takes.
 
     The smallest magnitude of a row is kept with ``density - epsilon``, the largest with ``density + epsilon``.
@@ -108,23 +106,3 @@ def _probabilities(mask: KeepRanked, precision: Precision) -> Array:
     raised = drawn.round(drawn.round(share * number(2)) * number(mask.epsilon))
     # torch rounds a number that it adds to a tensor first, and one that it multiplies by not.
     return drawn.round(drawn.scalar(mask.density - mask.epsilon) + raised)
-
-
-@lru_cache(maxsize=64)
-def _limits_of_ranks(row: int, density: float, epsilon: float, precision: Precision) -> NDArray[np.uint32]:
-    """Return below which draw an element of each rank survives: the probabilities of a row as whole numbers."""
-    probabilities = _probabilities(KeepRanked(0, row, density, epsilon), precision).astype(np.float64)
-    return np.ceil(np.maximum(probabilities, 0) * 2.0**UNIFORM_BITS).astype(np.uint32)
-
-
-def survivors_by_rank(
-    mask: KeepRanked, expert: Raw, base: Raw, start: int, dtype: DType, stored: DType
-) -> NDArray[np.uint8]:
-    """Return what ``kept`` does of a delta in ``dtype``, by a compiled kernel, from the bytes of whole rows.
-
-    Both are of ``stored``: of ``dtype`` itself, or of F32 with values of it.
-    """
-    from mergefs.kernels.fused.ranking import survivors
-
-    limits = _limits_of_ranks(mask.row, mask.density, mask.epsilon, Precision(dtype))
-    return survivors(dtype, stored, (expert, base), start, mask.key, limits)

@@ -7,22 +7,23 @@ sign is elected, and in defaults.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.checkpoint.dtypes import BF16
 from mergefs.errors import RecipeError
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
 from mergefs.kernels.random import bernoulli_limit, stream_key
+from mergefs.kernels.sums import LANES
 from mergefs.methods.contract import (
     LONGEST_ROW,
     Answers,
     BasePolicy,
     Block,
-    ElementSum,
+    ElementSums,
     MagnitudeRescale,
     MagnitudeThreshold,
     Method,
@@ -33,8 +34,9 @@ from mergefs.methods.contract import (
     Specification,
     Statistic,
     TensorContext,
-    Threshold,
+    Vector,
 )
+from mergefs.methods.fused_masks import fused_mask, survivors_by_rank
 from mergefs.methods.masks import (
     KeepAll,
     KeepLargest,
@@ -44,15 +46,10 @@ from mergefs.methods.masks import (
     Mask,
     drawing,
     kept,
-    survivors_by_rank,
 )
-from mergefs.methods.sums import SUMS
 from mergefs.methods.task_vector_response import task_vector_response
 
 Sparsifier = Literal["none", "magnitude", "outliers", "random", "ranked"]
-
-_NAN_BITS: Final = 0x7FFFFFFF
-"""The largest pattern of a float32 magnitude; only a NaN reaches it."""
 
 _SMALLEST_SUM: Final = 1e-7
 _SMALLEST_WEIGHT: Final = 1e-8
@@ -129,7 +126,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
         for model in context.experts:
             ranked = self._ranked(context, model)
             if ranked is not None and context.shared["rescale"]:
-                wanted += _rescale_sums(context, model, ranked)
+                wanted.append(_rescale_sums(context, model, ranked))
             band = self._band(context, model)
             if band is None:
                 continue
@@ -240,7 +237,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes, and those that rank rows or find thresholds."""
         if self.sparsifier == "ranked":
-            return ("task_vector", "ranking", *SUMS)
+            return ("task_vector", "ranking")
         counted = ("histogram", "location", "refinement") if self.sparsifier in ("magnitude", "outliers") else ()
         return ("task_vector", *counted)
 
@@ -263,9 +260,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
             scale=1.0 if scale is None else scale,
         )
         marks = {
-            expert.model: survivors_by_rank(
-                expert.mask, run.inputs[expert.model], base, run.start, run.dtype, run.dtype
-            )
+            expert.model: survivors_by_rank(expert.mask, run.inputs[expert.model], base, run.start, run.dtype)
             for expert in coefficients.experts
             if isinstance(expert.mask, KeepRanked)
         }
@@ -275,7 +270,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
                 weight=expert.weight,
                 rescaled=expert.rescale is not None,
                 rescale=1.0 if expert.rescale is None else expert.rescale,
-                **_fused_mask(expert.mask, run.dtype, marks.get(expert.model)),
+                **fused_mask(expert.mask, run.dtype, marks.get(expert.model)),
             )
             for expert in coefficients.experts
         ]
@@ -302,79 +297,40 @@ def _weighted_delta(block: Block, expert: ExpertCoefficients, base: Array, preci
     return precision.round(delta * delta.dtype.type(expert.weight))
 
 
-def _rescale_sums(context: TensorContext, model: int, mask: KeepRanked) -> tuple[ElementSum, ElementSum]:
+def _rescale_sums(context: TensorContext, model: int, mask: KeepRanked) -> ElementSums:
     """Ask for the sum of all magnitudes of a delta, and for that of those that a mask keeps."""
     if context.base is None:
         raise ValueError("a delta needs a base")
     models = (model, context.base)
     arguments = (float(mask.key), mask.density, mask.epsilon, float(mask.row))
+    terms, lanes = partial(_magnitudes, mask=mask), partial(_lanes_of_magnitudes, mask=mask)
+    return ElementSums("delta magnitudes, all and kept by rank", models, terms, arguments, lanes=lanes, count=2)
 
-    def magnitudes(block: Block, precision: Precision) -> Array:
-        return np.abs(precision.round(block.inputs[0] - block.inputs[1]))
 
-    def magnitudes_kept(block: Block, precision: Precision) -> Array:
-        delta = precision.round(block.inputs[0] - block.inputs[1])
-        return np.abs(delta * kept(mask, delta, block.start, precision))
+def _magnitudes(block: Block, precision: Precision, mask: KeepRanked) -> Array:
+    """Return a row of all magnitudes of a delta, and one of those that a mask keeps, 0 for the others."""
+    delta = precision.round(block.inputs[0] - block.inputs[1])
+    return np.stack([np.abs(delta), np.abs(delta * kept(mask, delta, block.start, precision))])
 
-    def magnitudes_marked(block: Block, precision: Precision) -> Array:
-        expert, of_base = (np.ascontiguousarray(values, dtype=np.float32) for values in block.inputs)
-        raws = expert.view(np.uint8), of_base.view(np.uint8)
-        marks = survivors_by_rank(mask, *raws, block.start, precision.dtype, F32)
-        magnitudes: Array = np.abs(precision.round(expert - of_base) * marks)
-        return magnitudes
 
-    return (
-        ElementSum("delta magnitudes", models, magnitudes),
-        ElementSum("delta magnitudes kept by rank", models, magnitudes_kept, arguments, fused=magnitudes_marked),
-    )
+def _lanes_of_magnitudes(run: RawRun, mask: KeepRanked) -> Vector:
+    """Return what both rows of a block add up to."""
+    from mergefs.kernels.fused.ranking import add_magnitudes
+
+    expert, base = run.inputs
+    lanes: Vector = np.zeros((2, LANES), dtype=np.float64)
+    marks = survivors_by_rank(mask, expert, base, run.start, run.dtype)
+    add_magnitudes(run.dtype, expert, base, marks, lanes)
+    return lanes
 
 
 def _rescale_of_sums(context: TensorContext, answers: Answers, model: int, mask: KeepRanked) -> float | None:
     """Return the ratio of the two sums, rounded as torch rounds it, or None where one of them vanishes."""
     drawn = drawing(Precision(context.compute))
-    before, after = (drawn.scalar(answers.number(wanted)) for wanted in _rescale_sums(context, model, mask))
+    before, after = (drawn.scalar(float(total)) for total in answers.vector(_rescale_sums(context, model, mask)))
     if before < _SMALLEST_SUM or after < _SMALLEST_SUM:
         return None
     return float(drawn.scalar(float(before / after)))
-
-
-def _fused_mask(mask: Mask, dtype: DType, marks: NDArray[np.uint8] | None) -> dict[str, Any]:
-    """Return the fields by which the fused kernel knows which elements survive; ``marks`` are the survivors by rank."""
-    from mergefs.kernels.fused import task_vector as kernel
-    from mergefs.kernels.fused.memory import address
-
-    if marks is not None:
-        return {"mask": kernel.KEEP_MARKED, "marks": address(marks)}
-
-    if isinstance(mask, KeepRandom):
-        return {"mask": kernel.KEEP_RANDOM, "key": mask.key, "limit": mask.limit}
-    if isinstance(mask, KeepLargest):
-        before, after = _limits(mask.threshold, dtype)
-        fields = {"mask": kernel.KEEP_LARGEST, "cut": mask.threshold.cut, "limit_before": before, "limit_after": after}
-        if mask.outliers is not None:
-            before, after = _limits(mask.outliers, dtype)
-            fields |= {"outlier_cut": mask.outliers.cut, "outlier_before": before, "outlier_after": after}
-        return fields
-    if isinstance(mask, KeepNone):
-        return {"mask": kernel.KEEP_LARGEST, "limit_after": _NAN_BITS}
-    return {}
-
-
-def _limits(threshold: Threshold, dtype: DType) -> tuple[int, int]:
-    """Return the float32 bits of the smallest magnitude that survives ``threshold`` before its cut, and after it."""
-    return _magnitude_bits(threshold.key, dtype), _magnitude_bits(threshold.key + 1, dtype)
-
-
-def _magnitude_bits(key: int, dtype: DType) -> int:
-    """Return the float32 bits of the magnitude that ``key`` stands for in ``dtype``.
-
-    Never above the largest NaN: whether a NaN is kept makes no difference, it stays NaN.
-    """
-    if dtype == BF16:
-        key <<= 16
-    elif dtype == F16:
-        key = int(np.array([min(key, 0x7FFF)], dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)[0])
-    return min(key, _NAN_BITS)
 
 
 def _sum(terms: list[Array]) -> Array:

@@ -1,5 +1,6 @@
 """What adds up norms and inner products block by block, in one compiled pass over the bytes of each."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from mergefs.kernels.norms import LANES as NORM_LANES
 from mergefs.kernels.norms import PartialNorm, stride
 from mergefs.kernels.precision import Array, Raw
 from mergefs.kernels.sums import LANES, TURN, LaneSums, PartialSums
-from mergefs.methods.contract import Answer, ElementNorms, ElementSum, ElementSums, SingleSums, Vector
+from mergefs.methods.contract import Answer, ElementNorms, ElementSum, ElementSums, RawRun, SingleSums, Vector
 from mergefs.statistics.gatherers import norms_of, sums_of
 from mergefs.statistics.stream import StreamBlock, TensorStream
 
@@ -32,9 +33,13 @@ def moments_of(statistic: Any, stream: TensorStream) -> BlockGatherer | None:
 
     Runs are added up from where they begin, so blocks and chunks must be whole turns.
     """
+    if stream.compute not in FUSED_DTYPES:
+        return None
+    if isinstance(statistic, ElementSum | ElementSums) and statistic.lanes is not None:
+        return _LaneSums(statistic, stream, statistic.lanes)
     chunk = getattr(statistic, "chunk", None) or TURN
     grid = stream.grid
-    if stream.compute not in FUSED_DTYPES or (grid.count > 1 and grid.step % TURN) or chunk % TURN:
+    if (grid.count > 1 and grid.step % TURN) or chunk % TURN:
         return None
     if not isinstance(statistic, ElementNorms | ElementSum | ElementSums | SingleSums) or statistic.moments is None:
         return None
@@ -130,6 +135,31 @@ class _Sums:
         """Return the sum, or the sums."""
         sums = sums_of(self._parts, self._pass.pairs)
         return float(sums[0]) if self._single else sums
+
+
+class _LaneSums:
+    """Sums what a method adds up of each block itself, then the blocks."""
+
+    def __init__(
+        self, statistic: ElementSum | ElementSums, stream: TensorStream, lanes: Callable[[RawRun], Vector]
+    ) -> None:
+        self._statistic = statistic
+        self._compute = stream.compute
+        self._lanes = lanes
+        self._parts: list[Vector] = []
+
+    def add(self, block: StreamBlock) -> None:
+        """Add a block."""
+        raws = tuple(block.in_compute_dtype(model) for model in self._statistic.models)
+        with np.errstate(all="ignore"):
+            lanes = self._lanes(RawRun(raws, self._compute, block.start))
+            self._parts.append(LaneSums(lanes, block.stop - block.start).finish())
+
+    def answer(self) -> Answer:
+        """Return the sum, or the sums."""
+        if isinstance(self._statistic, ElementSum):
+            return float(sums_of(self._parts, 1)[0])
+        return sums_of(self._parts, self._statistic.count)
 
 
 class _SingleSums:

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 
 from mergefs.kernels.fused import FUSED_DTYPES
-from mergefs.methods.contract import Method, Quantity
+from mergefs.kernels.precision import Array
+from mergefs.kernels.sums import LaneSums
+from mergefs.methods.contract import ElementSum, ElementSums, Method, Quantity, RawRun
 from mergefs.testing.answers import AboutQuantity, terms_of
 from mergefs.testing.cases import vary
 from mergefs.testing.choices import Choices
@@ -46,6 +48,22 @@ def _check_terms(trial: Trial, statistic: AboutQuantity, choices: Choices) -> No
             np.array_equal(compiled, whole, equal_nan=True),
             f"the compiled terms of the quantity {statistic.name!r} differ from the plain ones",
         )
+    if isinstance(statistic, ElementSum | ElementSums) and statistic.lanes is not None:
+        _check_lanes(trial, statistic, np.atleast_2d(whole))
+
+
+def _check_lanes(trial: Trial, statistic: ElementSum | ElementSums, terms: Array) -> None:
+    case = trial.case
+    if case.context.compute not in FUSED_DTYPES or statistic.lanes is None:
+        return
+    raws = tuple(case.raws[model] for model in statistic.models)
+    with trial.calling(f"the sums of the quantity {statistic.name!r}"), np.errstate(all="ignore"):
+        found = LaneSums(statistic.lanes(RawRun(raws, case.context.compute, 0)), case.context.size).finish()
+        expected = LaneSums.begin(len(terms)).add(terms).finish()
+    trial.require(
+        np.array_equal(found, expected, equal_nan=True),
+        f"the compiled sums of the quantity {statistic.name!r} differ from those of its terms",
+    )
 
 
 def check_statistic_keys(method: Method[Any]) -> None:

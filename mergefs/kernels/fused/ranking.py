@@ -4,7 +4,6 @@ Ranks come from counts of the keys that occur in a row, in one pass over their r
 tables are, as in F32, from a radix sort by digits of eleven bits.
 """
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +15,7 @@ from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, empty
 from mergefs.kernels.fused.values import loaded, magnitude_key, rounded
 from mergefs.kernels.precision import Raw
+from mergefs.kernels.sums import LANES
 
 BINS: Final = 1 << 15
 """The most keys that are counted one by one: all that a 16 bit type has."""
@@ -23,6 +23,7 @@ BINS: Final = 1 << 15
 ENTRIES: Final = BINS + 16
 """With those of zeros."""
 
+_LANES = np.uint64(LANES)
 _DIGIT = np.uint64(11)
 _DIGITS: Final = 3
 _DIGIT_MASK = np.uint64((1 << 11) - 1)
@@ -38,11 +39,11 @@ _LARGEST_KEY = np.int32(0x7FFFFFFF)
 
 
 @inlined
-def _look(like: Any, stored: Any, expert: Any, base: Any, first: Any, keys: Any) -> Any:
+def _look(like: Any, expert: Any, base: Any, first: Any, keys: Any) -> Any:
     """Fill ``keys`` with those of a row of the delta, and return the smallest and the largest that are not 0."""
     least, most = _LARGEST_KEY, np.int32(0)
     for i in range(np.uint64(keys.size)):
-        delta = rounded(loaded(expert, first + i, stored) - loaded(base, first + i, stored), like)
+        delta = rounded(loaded(expert, first + i, like) - loaded(base, first + i, like), like)
         key = magnitude_key(delta, like)
         keys[i] = key
         least = min(least, np.int32(key) if key != _NOTHING else _LARGEST_KEY)
@@ -122,7 +123,6 @@ def _mark_by_digits(keys: Any, draws: Any, limits: Any, counts: Any, order: Any,
 
 def _rank(
     like: Any,
-    stored: Any,
     expert: Any,
     base: Any,
     start: Any,
@@ -136,14 +136,14 @@ def _rank(
 ) -> None:
     """Mark the survivors among whole rows, the first of whose elements has the flat index ``start``.
 
-    ``like`` and ``stored`` are empty arrays of the element types that stand for the dtype of the delta and for that of
-    the bytes at the addresses ``expert`` and ``base``. ``limits`` say for each rank of a row below which draw it
-    survives; ``marks`` (uint8) are set to 1 where one does, else to 0. The others are buffers: ``keys`` and ``draws``
+    ``like`` is an empty array of the element type that stands for the dtype of the bytes at the addresses ``expert``
+    and ``base``. ``limits`` say for each rank of a row below which draw it survives; ``marks`` (uint8) are set to 1
+    where one does, else to 0. The others are buffers: ``keys`` and ``draws``
     (uint32) of a row, ``counts`` (uint32) of ``ENTRIES``, ``order`` (uint64) of two rows.
     """
     row = np.uint64(limits.size)
     for first in range(np.uint64(0), np.uint64(marks.size), row):
-        least, most = _look(like, stored, expert, base, first, keys)
+        least, most = _look(like, expert, base, first, keys)
         _draw(key, start + first, draws)
         of_row = marks[first : first + row]
         if most - least < _MOST_KEYS:
@@ -153,12 +153,11 @@ def _rank(
             _mark_by_digits(keys, draws, limits, counts, order, of_row)
 
 
-def _signature(element: Any, stored: Any = None) -> Any:
-    """Return the signature for the element types of the delta and of the bytes, which may be the same."""
+def _signature(element: Any) -> Any:
+    """Return the signature for one element type."""
     singles = types.Array(types.uint32, 1, "C")
     return types.void(
         types.Array(element, 1, "C"),
-        types.Array(stored or element, 1, "C"),
         types.uint64,
         types.uint64,
         types.uint64,
@@ -172,23 +171,44 @@ def _signature(element: Any, stored: Any = None) -> Any:
     )
 
 
-KERNEL: Final = Kernel(_rank, _signature, for_statistics=True)
+def _add_marked(like: Any, expert: Any, base: Any, marks: Any, lanes: Any) -> None:
+    """Add the magnitudes of a delta to 128 lanes (float64), and those that ``marks`` keep to as many others."""
+    every, kept = lanes[0], lanes[1]
+    size = np.uint64(marks.size)
+    for first in range(np.uint64(0), size, _LANES):
+        for i in range(min(_LANES, size - first)):
+            delta = rounded(loaded(expert, first + i, like) - loaded(base, first + i, like), like)
+            every[i] += np.float64(abs(delta))
+            kept[i] += np.float64(abs(delta * np.float32(marks[first + i])))
+
+
+def _signature_of_sums(element: Any) -> Any:
+    """Return the signature of ``_add_marked`` for one element type."""
+    return types.void(
+        types.Array(element, 1, "C"),
+        types.uint64,
+        types.uint64,
+        types.Array(types.uint8, 1, "C"),
+        types.Array(types.float64, 2, "C"),
+    )
+
+
+KERNEL: Final = Kernel(_rank, _signature)
+_SUMS: Final = Kernel(_add_marked, _signature_of_sums)
+KERNELS: Final = (KERNEL, _SUMS)
 
 
 def survivors(
-    dtype: DType, stored: DType, pair: Sequence[Raw], start: int, key: int, limits: NDArray[np.uint32]
+    dtype: DType, expert: Raw, base: Raw, start: int, key: int, limits: NDArray[np.uint32]
 ) -> NDArray[np.uint8]:
     """Return 1 for each element of whole rows that survives, else 0.
 
-    ``pair`` are the bytes, of ``stored``, of an expert and its base, which hold values of ``dtype``; the first element
-    has the flat index ``start``. ``key`` is that of the stream of draws, ``limits`` has one for each rank of a row.
+    Bytes are of ``dtype``; the first element has the flat index ``start``. ``key`` is that of the stream of draws,
+    ``limits`` has one for each rank of a row.
     """
-    expert, base = pair
-    marks = np.empty(expert.size // stored.itemsize, dtype=np.uint8)
-    kernel = KERNEL.compiled(dtype) if stored == dtype else KERNEL.compiled(dtype, stored)
-    kernel(
+    marks = np.empty(expert.size // dtype.itemsize, dtype=np.uint8)
+    KERNEL.compiled(dtype)(
         empty(0, dtype),
-        empty(0, stored),
         address(expert),
         address(base),
         np.uint64(start),
@@ -201,3 +221,8 @@ def survivors(
         np.empty((2, limits.size), dtype=np.uint64),
     )
     return marks
+
+
+def add_magnitudes(dtype: DType, expert: Raw, base: Raw, marks: NDArray[np.uint8], lanes: NDArray[np.float64]) -> None:
+    """Add the magnitudes of a block's delta to the first row of ``lanes``, and those of the survivors to the second."""
+    _SUMS.compiled(dtype)(empty(0, dtype), address(expert), address(base), marks, lanes)
