@@ -217,7 +217,7 @@ def test_changes_alone_and_with_others_are_those_of_the_formula(
     parameters = {"r": 0.1, "alpha": 0.2, "epsilon": epsilon}
     context = TensorContext("w", size, size, 1, dtype, 0, count + 1, parameters, ({},) * (count + 1), 0)
     (wanted,) = RamPlus().statistics(context)
-    assert_fused_terms_are_the_formulas(wanted, random_inputs(seed, count + 1, size, dtype), dtype, 0)
+    assert_sums_are_those_of_the_terms(wanted, random_inputs(seed, count + 1, size, dtype), dtype, 0)
 
 
 def selections(dtype: DType) -> st.SearchStrategy[Selected]:
@@ -257,7 +257,7 @@ def test_what_sce_asks_is_computed_as_by_the_formula(
     context = TensorContext("w", size, size, 1, dtype, 0, count + 1, parameters, ({},) * (count + 1), 0)
     inputs = random_inputs(seed, count + 1, size, dtype)
     (varying,) = Sce().statistics(context)
-    assert_fused_terms_are_the_formulas(varying, inputs, dtype, 0)
+    assert_sums_are_those_of_the_terms(varying, inputs, dtype, 0)
     answers: dict[Statistic, Answer] = {varying: float(size)}
     (variance,) = Sce().further_statistics(context, Answers(answers)) or (None,)
     if variance is None:  # half of one element is none
@@ -266,7 +266,7 @@ def test_what_sce_asks_is_computed_as_by_the_formula(
     limit = data.draw(selections(dtype).filter(lambda selected: isinstance(selected, Threshold)))
     assert isinstance(limit, Threshold)
     (energies,) = Sce().further_statistics(context, Answers(answers | {variance: limit}))
-    assert_fused_terms_are_the_formulas(energies, inputs, dtype, 995)
+    assert_sums_are_those_of_the_terms(energies, inputs, dtype, 995)
 
 
 @by_dtype

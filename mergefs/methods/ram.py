@@ -9,6 +9,7 @@ import numpy as np
 from mergefs.checkpoint.dtypes import F32, DType
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.kernels.sums import LANES
 from mergefs.methods.contract import (
     Answers,
     BasePolicy,
@@ -22,8 +23,8 @@ from mergefs.methods.contract import (
     Specification,
     Statistic,
     TensorContext,
+    Vector,
 )
-from mergefs.methods.sums import SUMS
 
 _REFERENCE = "https://arxiv.org/abs/2601.13572"
 _EPSILON = Parameter(
@@ -145,7 +146,7 @@ class RamPlus(Ram):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one to count changes."""
-        return ("ram", *SUMS)
+        return ("ram",)
 
     def reference(self, block: Block, coefficients: RamCoefficients, precision: Precision) -> Array:
         """Follow the formula; the mean of shared changes is still rounded to the compute dtype."""
@@ -164,9 +165,9 @@ class RamPlus(Ram):
             raise ValueError("ramplus_tl needs a base")
         models = (*context.experts, context.base)
         epsilon = float(Precision(context.compute).scalar(context.number("epsilon")))
-        terms, fused = (partial(way, epsilon=epsilon) for way in (_changed, _changed_fused))
+        terms, lanes = partial(_changed, epsilon=epsilon), partial(_lanes_of_changes, epsilon=epsilon)
         count = 2 * len(context.experts)
-        return ElementSums("changed alone and by several", models, terms, (epsilon,), fused=fused, count=count)
+        return ElementSums("changed alone and by several", models, terms, (epsilon,), lanes=lanes, count=count)
 
 
 def _active(base: Array, experts: Sequence[Array], epsilon: float, precision: Precision) -> tuple[list[Array], Array]:
@@ -195,9 +196,11 @@ def _changed(block: Block, precision: Precision, epsilon: float) -> Array:
     return changed
 
 
-def _changed_fused(block: Block, precision: Precision, epsilon: float) -> Array:
-    """Do the same in one pass."""
-    from mergefs.kernels.fused.ram import shares
+def _lanes_of_changes(run: RawRun, epsilon: float) -> Vector:
+    """Return what the rows of a block add up to: whole numbers, which the first lane holds."""
+    from mergefs.kernels.fused.ram import tally
 
-    *experts, base = (np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs)
-    return shares(precision.dtype, base, experts, epsilon)
+    *experts, base = run.inputs
+    lanes: Vector = np.zeros((2 * len(experts), LANES), dtype=np.float64)
+    lanes[:, 0] = tally(run.dtype, base, experts, epsilon)
+    return lanes

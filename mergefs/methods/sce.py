@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Array, Precision, Raw
+from mergefs.kernels.sums import LANES
 from mergefs.methods.contract import (
     NO_ANSWERS,
     Answers,
@@ -25,8 +26,9 @@ from mergefs.methods.contract import (
     Statistic,
     TensorContext,
     Threshold,
+    Vector,
 )
-from mergefs.methods.sums import RANKS, SUMS
+from mergefs.methods.sums import RANKS
 
 _SMALLEST_ENERGY: Final = 1e-6
 _SMALLEST_DIVISOR: Final = 1e-6
@@ -150,7 +152,7 @@ class Sce(Method[SceCoefficients]):
 
     def kernels(self) -> tuple[str, ...]:
         """One pass over the bytes for a merge, and one for each number that it needs to know."""
-        return ("sce", *RANKS, *SUMS)
+        return ("sce", *RANKS)
 
     def fused(self, run: RawRun, coefficients: SceCoefficients) -> Raw | None:
         """Do the same in one pass over the bytes."""
@@ -221,7 +223,7 @@ def _varying_of_block(block: Block, precision: Precision) -> Array:
 
 def _varying(context: TensorContext) -> ElementSum:
     """Ask for the number of elements that vary across the experts."""
-    return ElementSum("varying elements", _inputs(context), _varying_of_block, fused=_varying_fused)
+    return ElementSum("varying elements", _inputs(context), _varying_of_block, lanes=_lanes_of_varying)
 
 
 def _variance_threshold(context: TensorContext, answers: Answers) -> ElementThreshold | None:
@@ -253,29 +255,29 @@ def _energies(context: TensorContext, selected: Selected) -> ElementSums:
         deltas = _selected_deltas(base, experts, selected, block.start, precision)
         return np.stack([precision.round(delta * delta) for delta in deltas])
 
-    def squares_fused(block: Block, precision: Precision) -> Array:
+    def lanes(run: RawRun) -> Vector:
         from mergefs.kernels.fused.sce import energies
 
-        return energies(precision.dtype, _raws(block), block.start, _fused_selection(selected, precision))
+        return energies(run.dtype, run.inputs, run.start, _fused_selection(selected, Precision(run.dtype)))
 
     share, count = context.number("select_topk"), len(context.experts)
-    return ElementSums("selected energies", _inputs(context), squares, (share,), fused=squares_fused, count=count)
-
-
-def _raws(block: Block) -> list[Raw]:
-    """Return the inputs of a block as bytes of float32."""
-    return [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs]
+    return ElementSums("selected energies", _inputs(context), squares, (share,), lanes=lanes, count=count)
 
 
 def _variances_fused(block: Block, precision: Precision) -> Array:
     from mergefs.kernels.fused.sce import variances
 
-    return variances(precision.dtype, _raws(block))
+    raws = [np.ascontiguousarray(values, dtype=np.float32).view(np.uint8) for values in block.inputs]
+    return variances(precision.dtype, raws)
 
 
-def _varying_fused(block: Block, precision: Precision) -> Array:
-    varying: Array = (_variances_fused(block, precision) != 0).astype(np.float32)
-    return varying
+def _lanes_of_varying(run: RawRun) -> Vector:
+    """Return what a block adds up to: a whole number, which the first lane holds."""
+    from mergefs.kernels.fused.sce import varying
+
+    lanes: Vector = np.zeros((1, LANES), dtype=np.float64)
+    lanes[0, 0] = varying(run.dtype, run.inputs)
+    return lanes
 
 
 def _fused_selection(selected: Selected, precision: Precision) -> tuple[int, NDArray[np.int64]]:

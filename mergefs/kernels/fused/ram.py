@@ -7,7 +7,7 @@ import numpy as np
 from numba.core import types
 from numpy.typing import NDArray
 
-from mergefs.checkpoint.dtypes import F32, DType
+from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, addresses, empty, empty_result
 from mergefs.kernels.fused.values import loaded, narrowed, rounded
@@ -18,14 +18,14 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @inlined
-def _count(like: Any, stored: Any, base: Any, addresses: Any, epsilon: Any, first: Any, here: Any, count: Any) -> Any:
+def _count(like: Any, base: Any, addresses: Any, epsilon: Any, first: Any, here: Any, count: Any) -> Any:
     """Count for each element of a tile the experts that changed it by more than ``epsilon``."""
     for i in range(here):
         count[i] = _ZERO
     for k in range(addresses.size):
         address = addresses[k]
         for i in range(here):
-            delta = rounded(loaded(address, first + i, stored) - loaded(base, first + i, stored), like)
+            delta = rounded(loaded(address, first + i, like) - loaded(base, first + i, like), like)
             count[i] += _ONE if abs(delta) > epsilon else _ZERO
 
 
@@ -44,7 +44,7 @@ def _ram(result: Any, base: Any, addresses: Any, epsilon: Any, boosts: Any, coun
     size = np.uint64(result.size)
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         here = min(np.uint64(TILE), size - first)
-        _count(result, result, base, addresses, epsilon, first, here, count)
+        _count(result, base, addresses, epsilon, first, here, count)
         for i in range(here):
             total[i] = _ZERO
         for k in range(addresses.size):
@@ -65,19 +65,20 @@ def _ram(result: Any, base: Any, addresses: Any, epsilon: Any, boosts: Any, coun
             result[first + i] = narrowed(rounded(value, result), result)
 
 
-def _shares(like: Any, stored: Any, base: Any, addresses: Any, epsilon: Any, rows: Any, count: Any) -> None:
-    """Fill two rows for each expert with 1 where it changed an element: alone, and together with others."""
-    size = np.uint64(rows.shape[1])
+def _tally(like: Any, base: Any, addresses: Any, epsilon: Any, size: Any, counts: Any, count: Any) -> None:
+    """Count for each expert what it changed of ``size`` elements, alone and with others: two ``counts`` for each."""
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         here = min(np.uint64(TILE), size - first)
-        _count(like, stored, base, addresses, epsilon, first, here, count)
+        _count(like, base, addresses, epsilon, first, here, count)
         for k in range(addresses.size):
-            address, alone, shared = addresses[k], rows[2 * k], rows[2 * k + 1]
+            address, alone, shared = addresses[k], np.int32(0), np.int32(0)
             for i in range(here):
-                delta = rounded(loaded(address, first + i, stored) - loaded(base, first + i, stored), like)
+                delta = rounded(loaded(address, first + i, like) - loaded(base, first + i, like), like)
                 changed = _changed(delta, epsilon) != _ZERO
-                alone[first + i] = _ONE if changed & (count[i] == _ONE) else _ZERO
-                shared[first + i] = _ONE if changed & (count[i] > _ONE) else _ZERO
+                alone += np.int32(changed & (count[i] == _ONE))
+                shared += np.int32(changed & (count[i] > _ONE))
+            counts[2 * k] += alone
+            counts[2 * k + 1] += shared
 
 
 def _signature(element: Any) -> Any:
@@ -93,22 +94,22 @@ def _signature(element: Any) -> Any:
     )
 
 
-def _signature_of_shares(element: Any) -> Any:
-    """Return the signature of ``_shares`` for the element type that stands for the dtype."""
+def _signature_of_tally(element: Any) -> Any:
+    """Return the signature of ``_tally`` for one element type."""
     return types.void(
         types.Array(element, 1, "C"),
-        types.Array(types.uint32, 1, "C"),
         types.uint64,
         types.Array(types.uint64, 1, "C"),
         types.float32,
-        types.Array(types.float32, 2, "C"),
+        types.uint64,
+        types.Array(types.int64, 1, "C"),
         types.Array(types.float32, 1, "C"),
     )
 
 
 KERNEL: Final = Kernel(_ram, _signature)
-_SHARES: Final = Kernel(_shares, _signature_of_shares)
-KERNELS: Final = (KERNEL, _SHARES)
+_TALLY: Final = Kernel(_tally, _signature_of_tally)
+KERNELS: Final = (KERNEL, _TALLY)
 
 
 def merge(dtype: DType, base: Raw, experts: Sequence[Raw], epsilon: float, boosts: Sequence[float] | None) -> Raw:
@@ -121,13 +122,10 @@ def merge(dtype: DType, base: Raw, experts: Sequence[Raw], epsilon: float, boost
     return merged
 
 
-def shares(dtype: DType, base: Raw, experts: Sequence[Raw], epsilon: float) -> NDArray[np.float32]:
-    """Return two rows for each expert: 1 where it changed an element alone, and where it did so with others.
-
-    Bytes are of float32, and hold values of ``dtype``.
-    """
-    rows = np.empty((2 * len(experts), base.size // F32.itemsize), dtype=np.float32)
-    count = np.empty(TILE, dtype=np.float32)
-    kernel = _SHARES.compiled(dtype)
-    kernel(empty(0, dtype), empty(0, F32), address(base), addresses(experts), np.float32(epsilon), rows, count)
-    return rows
+def tally(dtype: DType, base: Raw, experts: Sequence[Raw], epsilon: float) -> NDArray[np.int64]:
+    """Return for each expert how many elements it changed alone, and then how many together with others."""
+    counts = np.zeros(2 * len(experts), dtype=np.int64)
+    size, count = np.uint64(base.size // dtype.itemsize), np.empty(TILE, dtype=np.float32)
+    inputs = empty(0, dtype), address(base), addresses(experts)
+    _TALLY.compiled(dtype)(*inputs, np.float32(epsilon), size, counts, count)
+    return counts

@@ -12,8 +12,10 @@ from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, addresses, aligned_bytes, empty, empty_result
 from mergefs.kernels.fused.values import loaded, magnitude_bits, narrowed, rounded, signed_like
 from mergefs.kernels.precision import Raw
+from mergefs.kernels.sums import LANES
 
 TILE: Final = 1024
+_LANES = np.uint64(LANES)
 _PADDING: Final = 48
 _BASE, _TOTAL, _MIXED, _DIVISOR, _KEPT, _DELTAS = 0, 1, 2, 3, 4, 5
 _MEAN, _SQUARES = 0, 1
@@ -136,26 +138,40 @@ def _sce(
 
 def _energies(
     like: Any,
-    stored: Any,
     base: Any,
     addresses: Any,
     select: Any,
     start: Any,
     limits: Any,
-    energies: Any,
+    size: Any,
+    lanes: Any,
     rows: Any,
     wide: Any,
 ) -> None:
-    """Fill a row of ``energies`` for each expert with the squares of what is selected of its delta."""
-    size, experts = np.uint64(energies.shape[1]), addresses.size
+    """Add the squares of what is selected of each expert's delta to its 128 ``lanes`` (float64)."""
+    experts = addresses.size
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         count = min(np.uint64(TILE), size - first)
-        _load(like, stored, base, addresses, first, count, rows)
+        _load(like, like, base, addresses, first, count, rows)
         _select(like, select, start, first, count, limits, experts, rows, wide)
         for k in range(experts):
-            deltas, squares = rows[_DELTAS + k], energies[k]
-            for i in range(count):
-                squares[first + i] = rounded(deltas[i] * deltas[i], like)
+            deltas, sums = rows[_DELTAS + k], lanes[k]
+            for chunk in range(np.uint64(0), count, _LANES):
+                for i in range(min(_LANES, count - chunk)):
+                    sums[i] += np.float64(rounded(deltas[chunk + i] * deltas[chunk + i], like))
+
+
+def _varying(like: Any, base: Any, addresses: Any, size: Any, found: Any, rows: Any, wide: Any) -> None:
+    """Count in ``found`` (int64) the elements that vary across the deltas."""
+    variances = rows[_TOTAL]
+    for first in range(np.uint64(0), size, np.uint64(TILE)):
+        count = min(np.uint64(TILE), size - first)
+        _load(like, like, base, addresses, first, count, rows)
+        _vary(like, addresses.size, count, rows, wide, variances)
+        here = np.int32(0)
+        for i in range(count):
+            here += np.int32(variances[i] != _ZERO)
+        found[0] += here
 
 
 def _variances(like: Any, stored: Any, base: Any, addresses: Any, variances: Any, rows: Any, wide: Any) -> None:
@@ -186,9 +202,16 @@ def _signature(element: Any) -> Any:
 
 
 def _signature_of_energies(element: Any) -> Any:
-    """Return the signature of ``_energies`` for the element type that stands for the dtype."""
+    """Return the signature of ``_energies`` for one element type."""
     like = types.Array(element, 1, "C")
-    return types.void(like, _STORED, types.uint64, _ADDRESSES, types.int64, types.int64, _LIMITS, _ROWS, _ROWS, _WIDE)
+    selection = types.int64, types.int64, _LIMITS
+    return types.void(like, types.uint64, _ADDRESSES, *selection, types.uint64, _WIDE, _ROWS, _WIDE)
+
+
+def _signature_of_varying(element: Any) -> Any:
+    """Return the signature of ``_varying`` for one element type."""
+    like = types.Array(element, 1, "C")
+    return types.void(like, types.uint64, _ADDRESSES, types.uint64, _LIMITS, _ROWS, _WIDE)
 
 
 def _signature_of_variances(element: Any) -> Any:
@@ -199,8 +222,9 @@ def _signature_of_variances(element: Any) -> Any:
 
 KERNEL: Final = Kernel(_sce, _signature)
 _ENERGIES: Final = Kernel(_energies, _signature_of_energies)
+_VARYING: Final = Kernel(_varying, _signature_of_varying)
 _VARIANCES: Final = Kernel(_variances, _signature_of_variances)
-KERNELS: Final = (KERNEL, _ENERGIES, _VARIANCES)
+KERNELS: Final = (KERNEL, _ENERGIES, _VARYING, _VARIANCES)
 
 
 def merge(
@@ -235,23 +259,32 @@ def merge(
 
 def energies(
     dtype: DType, inputs: Sequence[Raw], start: int, selection: tuple[int, NDArray[np.int64]]
-) -> NDArray[np.float32]:
-    """Return a row for each expert: the squares of what is selected of its delta. Bytes are of F32."""
+) -> NDArray[np.float64]:
+    """Return 128 lanes for each expert, to which the squares of what is selected of its delta are added."""
     *experts, base = inputs
-    rows = np.empty((len(experts), base.size // F32.itemsize), dtype=np.float32)
+    lanes = np.zeros((len(experts), LANES), dtype=np.float64)
     select, limits = selection
     _ENERGIES.compiled(dtype)(
         empty(0, dtype),
-        empty(0, F32),
         address(base),
         addresses(experts),
         np.int64(select),
         np.int64(start),
         limits,
-        rows,
+        np.uint64(base.size // dtype.itemsize),
+        lanes,
         *_buffers(len(experts)),
     )
-    return rows
+    return lanes
+
+
+def varying(dtype: DType, inputs: Sequence[Raw]) -> int:
+    """Return how many elements vary across the deltas."""
+    *experts, base = inputs
+    found, size = np.zeros(1, dtype=np.int64), np.uint64(base.size // dtype.itemsize)
+    given = empty(0, dtype), address(base), addresses(experts), size, found
+    _VARYING.compiled(dtype)(*given, *_buffers(len(experts)))
+    return int(found[0])
 
 
 def variances(dtype: DType, inputs: Sequence[Raw]) -> NDArray[np.float32]:
