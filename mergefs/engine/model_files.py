@@ -7,6 +7,7 @@ from pathlib import Path
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.engine.engine import Engine
 from mergefs.engine.resources import Resources
+from mergefs.engine.shortage import despite_shortage
 from mergefs.planner.documents import documents
 from mergefs.planner.plan import MergePlan
 from mergefs.sources.ledger import Purpose
@@ -75,7 +76,7 @@ class ModelFiles:
         """Return ``size`` bytes of a file from ``offset``; fewer only where the file ends."""
         content = self._contents[name]
         if isinstance(content, _Merged):
-            return self.engine.read_file(name, offset, size)
+            return despite_shortage(lambda: self.engine.read_file(name, offset, size), self._resources.cache)
         if isinstance(content, _Generated):
             data = content.data[offset : offset + size]
         else:

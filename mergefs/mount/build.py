@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mergefs.catalog import Catalog, default_location
+from mergefs.catalog import default_location
 from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE
@@ -17,6 +17,7 @@ from mergefs.mount.live import LiveTree
 from mergefs.mount.models import ModelTree
 from mergefs.mount.reach import refuse_models_inside
 from mergefs.mount.recipe_files import expand_recipes
+from mergefs.mount.serving_catalog import ServingCatalog
 from mergefs.mount.tree import Tree
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.plan import MergePlan
@@ -56,14 +57,14 @@ def build_tree(
             f"the middle of; give at least {format_size(SMALLEST_CACHE_SIZE)}"
         )
     limit_arenas()
-    resources = Workspace.create(
-        Catalog(options.catalog or default_location()), options.cache_size, options.verify_reads
-    )
+    catalog = ServingCatalog(options.catalog or default_location())
+    resources = Workspace.create(catalog, options.cache_size, options.verify_reads)
     builder = _Builder(options, resources, progress or Silence())
     try:
-        if len(recipes) == 1 and not recipes[0].is_dir():
-            return builder.rooted(recipes[0])
-        return builder.live(recipes)
+        rooted = len(recipes) == 1 and not recipes[0].is_dir()
+        tree = builder.rooted(recipes[0]) if rooted else builder.live(recipes)
+        catalog.serving = True
+        return tree
     except BaseException:
         resources.close()
         raise

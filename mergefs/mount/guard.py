@@ -64,6 +64,11 @@ def log_failure(operation: str, path: object, error: BaseException) -> int:
         level = logging.DEBUG if code in _ORDINARY else logging.WARNING
         _log.log(level, "%s: %s (answered %s)", where, error, errno.errorcode[code])
         return code
+    if isinstance(error, MemoryError):
+        _log.warning(
+            "%s: there is no memory left for it; give the mount a smaller --cache-size (answered ENOMEM)", where
+        )
+        return errno.ENOMEM
     _log.error("%s: unexpected %s (answered EIO)", where, type(error).__name__, exc_info=error)
     return errno.EIO
 

@@ -27,6 +27,30 @@ class _LineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file. On a full disk its records are lost, which is said once, and nothing else is."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's own name)
+        """Say that records are lost: logging would print a traceback for each."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            said = f"cannot write the log file {self.baseFilename}: {error.strerror}; free some space on its disk"
+            with contextlib.suppress(OSError):
+                print(f"mergefs: warning: {said}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close the file, though what it still had to write is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _SentenceFormatter(_LineFormatter):
     """Records for people: ``mergefs: warning: ...``."""
 
@@ -71,7 +95,7 @@ def add_file(path: Path) -> logging.Handler:
     """Write all records to the file ``path`` too. Raises MountError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(path)
     except OSError as error:
         raise MountError(f"cannot write the log file {path}: {error.strerror}; name another with --log-file") from error
     handler.setFormatter(_LineFormatter(_FORMAT))

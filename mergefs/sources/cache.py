@@ -89,6 +89,15 @@ class BlockCache:
             return promise.result()
         return self._fulfil(key, promise, read, lambda key, block: self._keep_source(key, block, users - 1))
 
+    def clear(self) -> int:
+        """Drop all blocks and return how many bytes they had. Who waits for one gets it all the same."""
+        with self._lock:
+            dropped = self._size + self._source_size
+            self._blocks.clear()
+            self._sources.clear()
+            self._size = self._source_size = 0
+        return dropped
+
     def totals(self) -> CacheTotals:
         """Return size and counts at one moment."""
         with self._lock:
