@@ -101,13 +101,14 @@ def _materialize(
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
-    from mergefs.engine.allocator import limit_arenas
+    from mergefs.engine.allocator import keep_freed_memory, limit_arenas
     from mergefs.engine.workspace import Workspace
     from mergefs.materialize.materialize import Interrupted, Order, default_threads, materialize_together
-    from mergefs.materialize.memory import Memory
+    from mergefs.materialize.memory import UNUSED, Memory
     from mergefs.planner.targets import plan_target
 
     limit_arenas()
+    keep_freed_memory(UNUSED // 2)
     threads = how.threads or default_threads()
     memory = Memory.of(how.memory, threads)
     catalog = Catalog(settings.catalog or default_location())

@@ -12,7 +12,7 @@ from mergefs.units import format_size
 DEFAULT_MEMORY: Final = 2 * 2**30
 _PROGRAM: Final = 192 * 2**20
 """For Python, numpy, compiled kernels, and plans of some thousand tensors."""
-_UNUSED: Final = 64 * 2**20
+UNUSED: Final = 64 * 2**20
 """What the allocator keeps of freed blocks."""
 _LARGEST_CACHE: Final = 2**30
 
@@ -27,7 +27,7 @@ class Memory:
     @classmethod
     def of(cls, total: int, threads: int) -> "Memory":
         """Divide ``total`` bytes for the whole process. Raises UsageError when that is too little."""
-        fixed = _PROGRAM + _UNUSED + WORKING_MEMORY + chunks_at_a_time(threads) * CHUNK
+        fixed = _PROGRAM + UNUSED + WORKING_MEMORY + chunks_at_a_time(threads) * CHUNK
         smallest = fixed + 2 * SMALLEST_CACHE_SIZE
         if total < smallest:
             raise UsageError(

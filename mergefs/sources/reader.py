@@ -199,8 +199,9 @@ class SourceReader:
             return
         itemsize = tensor.dtype.itemsize
         begin, size = tensor.offset + start * itemsize, (stop - start) * itemsize
-        with suppress(MergefsError), self._borrow(shard, _ADVICE[purpose]) as descriptor:
-            os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+        with suppress(MergefsError, OSError), self._borrow(shard, _ADVICE[purpose]) as descriptor:
+            if not _is_cached(descriptor, begin, size):  # or looking at every page would cost as much as hashing them
+                os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close every file. No read may be under way."""
@@ -252,6 +253,25 @@ class SourceReader:
         idle = [key for key, file in self._files.items() if file.users == 0]
         for key in idle[: len(self._files) - self._limit]:
             os.close(self._files.pop(key).descriptor)
+
+
+def _is_cached(descriptor: int, offset: int, size: int) -> bool:
+    """Return whether a range of a file seems to lie in the page cache: whether its beginning, middle and end do.
+
+    Files are read into it by runs of pages. Raises OSError where the system cannot tell.
+    """
+    probe = bytearray(1)
+    try:
+        return all(
+            os.preadv(descriptor, [probe], place, os.RWF_NOWAIT) == 1
+            for place in (offset, offset + size // 2, offset + size - 1)
+        )
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return False
+        raise
 
 
 def _fill(view: memoryview, source: SourceFile, descriptor: int, offset: int) -> None:
