@@ -96,6 +96,9 @@ def test_turns(seed: int, count: int, size: int, places: list[int]) -> None:
     for piece in pieces(seed, count, size, places):
         plain, compiled = plain.add(piece), compiled.add(piece, add_turns)
     np.testing.assert_array_equal(compiled.levels.totals, plain.levels.totals)
+    before = plain.levels.totals.copy()
+    plain.add(np.ones((count, 64), dtype=np.float32), add_turns)
+    np.testing.assert_array_equal(plain.levels.totals, before)
     np.testing.assert_array_equal(compiled.finish(), plain.finish())
 
 

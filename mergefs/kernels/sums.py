@@ -113,7 +113,7 @@ class _Levels:
 
     def add_compiled(self, rows: Single, compiled: AddTurns) -> "_Levels":
         """Do the same with the turns of each vector one after the other in its row of ``rows``."""
-        totals = np.ascontiguousarray(np.moveaxis(self.totals, 1, 0))
+        totals = np.moveaxis(self.totals, 1, 0).copy(order="C")
         for row, levels in zip(rows, totals, strict=True):
             compiled(levels, row, self.power, self.turns)
         return _Levels(self.power, self.turns + rows.shape[1] // TURN, np.moveaxis(totals, 1, 0))

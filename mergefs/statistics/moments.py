@@ -168,7 +168,7 @@ class _SingleSums:
     def __init__(self, statistic: SingleSums, stream: TensorStream) -> None:
         self._pass = _Pass(statistic, stream)
         self._begun = PartialSums.begin(self._pass.pairs, stream.size)
-        self._totals = np.ascontiguousarray(np.moveaxis(self._begun.levels.totals, 1, 0))
+        self._totals = np.moveaxis(self._begun.levels.totals, 1, 0).copy(order="C")
         self._turns = 0
         self._left = self._begun.left
 
