@@ -18,13 +18,14 @@ from checkpoints import Family, family
 from examples import METHODS, Families, FamilyKind
 from mounting import mounted_recipes, run_mergefs
 from recipes import recipe_document, write_document
+from sentences import said_by
 from tensors import differing, load_model
 
 import mergefs
 from mergefs.catalog import Catalog
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
-from mergefs.materialize.manifest import MANIFEST_NAME, manifest_hash
+from mergefs.materialize.manifest import MANIFEST_NAME, manifest_hash, read_manifest
 from mergefs.materialize.materialize import materialize
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
@@ -208,6 +209,32 @@ def test_the_size_of_blocks_makes_no_difference(
         with mergefs.open(recipe, catalog=tmp_path / f"catalog-{elements}") as model:
             merged.append({file: model.read_file(file) for file in model.files.sizes})
     assert merged[0] == merged[1] == merged[2]
+
+
+@pytest.mark.parametrize("name", ["ties", "linear", "slerp"])
+def test_blocks_threads_and_shards_make_no_difference_to_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nor does it matter whether the inputs were hashed alone, or analysed as a family."""
+    found = []
+    for number, (elements, threads, shards) in enumerate(
+        [(blocks.CONTENT_ELEMENTS, 1, 1), (64, 5, 2), (999, 2, 5), (512, 3, 1)]
+    ):
+        place = tmp_path / str(number)
+        models = family(place, experts=2, dtype=torch.bfloat16, tied=False, shards=shards)
+        relative = Family(Path(models.base.name), tuple(Path(expert.name) for expert in models.experts))
+        write_document(place / "recipe.yml", recipe_document(METHODS[name], relative))
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+        for command in [("analyze", "recipe.yml")] * (number % 2) + [("materialize", "recipe.yml", "out")]:
+            said = said_by("--catalog", place / "catalog", *command)
+            assert said.status == 0, said.stderr
+        found.append(read_manifest(place / "out"))
+    first, *others = found
+    assert [one.content for one in others] == [first.content] * 3
+    assert [one.manifest for one in others] == [first.manifest] * 3
+    assert all(entry.identity for entry in first.contents.inputs)
 
 
 # Cache, order, threads

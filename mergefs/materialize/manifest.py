@@ -24,14 +24,14 @@ class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
-    """One tensor: its bytes lie at ``offset`` of ``file`` and have the blake3 hash that is given in hex."""
+    """One tensor: its bytes lie at ``offset`` of ``file``; ``content`` is what it is known by (``content_digest``)."""
 
     file: str
     offset: int
     size: int
     dtype: str
     shape: tuple[int, ...]
-    blake3: str
+    content: str
 
 
 class Cost(msgspec.Struct, frozen=True):

@@ -9,12 +9,14 @@ from typing import Final
 
 from blake3 import blake3
 
+from mergefs.checkpoint.dtypes import DTYPES
 from mergefs.errors import VerificationError
-from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, FileEntry, Manifest, read_manifest
+from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, FileEntry, Manifest, TensorEntry, read_manifest
 from mergefs.materialize.pieces import ahead, hash_pieces
 from mergefs.materialize.system import read_all
 from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
+from mergefs.statistics.hashing import ContentHasher
 
 _CHUNK: Final = 8 * PIECE
 _REMEDY: Final = "materialize the model again"
@@ -117,6 +119,13 @@ def _damage_of_small(path: Path, descriptor: int, entry: FileEntry, progress: Pr
     progress.advance(entry.size)
 
 
+def _content(descriptor: int, entry: TensorEntry) -> str:
+    """Return what a tensor is known by now."""
+    hasher = ContentHasher(DTYPES[entry.dtype], entry.shape)
+    hasher.update(memoryview(read_all(descriptor, entry.size, entry.offset)))
+    return hasher.finish().hex()
+
+
 def _damaged_piece(path: Path, name: str, piece: int, descriptor: int, manifest: Manifest) -> Damage:
     """Return the damage of one piece: which of the tensors that lie in it are not what they were."""
     begin, end = piece * PIECE, min((piece + 1) * PIECE, manifest.files[name].size)
@@ -125,11 +134,7 @@ def _damaged_piece(path: Path, name: str, piece: int, descriptor: int, manifest:
         for tensor, entry in sorted(manifest.tensors.items(), key=lambda item: item[1].offset)
         if entry.file == name and entry.offset < end and entry.offset + entry.size > begin
     }
-    damaged = tuple(
-        tensor
-        for tensor, entry in inside.items()
-        if blake3(read_all(descriptor, entry.size, entry.offset)).hexdigest() != entry.blake3
-    )
+    damaged = tuple(tensor for tensor, entry in inside.items() if _content(descriptor, entry) != entry.content)
     where = f"tensor {', '.join(map(repr, damaged))}" if damaged else "its header"
     return Damage(
         path,

@@ -3,19 +3,25 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from mergefs.methods.contract import LONGEST_ROW
 
-BLOCK_ELEMENTS = 512 * 1024
+CONTENT_ELEMENTS: Final = 512 * 1024
+"""Elements of the blocks whose hashes tensors are known by, 1 MiB of a 16 bit type. Identities follow from it, so it
+never changes."""
+
+BLOCK_ELEMENTS = CONTENT_ELEMENTS
+"""Elements of the blocks that tensors are read, computed and bought by."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockGrid:
     """A tensor of ``size`` elements cut into runs of ``step`` elements; the last run may be shorter.
 
-    A run is as many whole rows (the last dimension) as fit into ``BLOCK_ELEMENTS``, which is 1 MiB of a 16 bit type,
-    and at least one; only a row of more than ``LONGEST_ROW`` elements is cut. The grid follows from the shape alone, so
-    every model of a family has the same one, whatever its dtype and its shards.
+    A run is as many whole rows (the last dimension) as fit into so many elements, and at least one; only a row of more
+    than ``LONGEST_ROW`` elements is cut. The grid follows from the shape alone, so every model of a family has the same
+    one, whatever its dtype and its shards.
     """
 
     size: int
@@ -23,10 +29,19 @@ class BlockGrid:
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> "BlockGrid":
-        """Return the grid for a tensor of ``shape``."""
+        """Return the grid of the blocks that a tensor of ``shape`` is read, computed and bought by."""
+        return cls._of(shape, BLOCK_ELEMENTS)
+
+    @classmethod
+    def of_contents(cls, shape: tuple[int, ...]) -> "BlockGrid":
+        """Return the grid of the blocks whose hashes a tensor of ``shape`` is known by."""
+        return cls._of(shape, CONTENT_ELEMENTS)
+
+    @classmethod
+    def _of(cls, shape: tuple[int, ...], elements: int) -> "BlockGrid":
         size = math.prod(shape)
         row = shape[-1] if shape else 1
-        step = BLOCK_ELEMENTS if row == 0 or row > LONGEST_ROW else max(1, BLOCK_ELEMENTS // row) * row
+        step = elements if row == 0 or row > LONGEST_ROW else max(1, elements // row) * row
         return cls(size, step)
 
     @property

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from blake3 import blake3
-
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import ContentRecord
 from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
@@ -17,7 +15,8 @@ from mergefs.sources.learning import LearnedHashes
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
-from mergefs.statistics.identity import content_digest, local_key
+from mergefs.statistics.hashing import TensorHasher, record_of
+from mergefs.statistics.identity import local_key
 
 _FLUSH_BYTES: Final = 256 * 2**20
 
@@ -41,7 +40,7 @@ def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceRe
     with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="hash") as pool:
         try:
             for place, record in zip(unknown, pool.map(lambda place: _hash(place, reader), unknown), strict=True):
-                catalog.keep_content(local_key(place), record)
+                catalog.keep_content(local_key(place), record, local_key(place))
                 progress.advance(place.nbytes)
                 unwritten += place.nbytes
                 if unwritten >= _FLUSH_BYTES:
@@ -54,19 +53,23 @@ def identify(sources: Iterable[WeightSource], catalog: Catalog, reader: SourceRe
 
 
 def learned_hashes(catalog: Catalog) -> LearnedHashes:
-    """Return what takes the hashes of blocks that are read, and keeps those of whole tensors at the next flush."""
+    """Return what takes the hashes of blocks that are read, and keeps those of whole tensors at the next flush.
+
+    Where tensors are known by other blocks than they are read by, nothing is kept.
+    """
 
     def keep(shard: Shard, tensor: TensorSource, hashes: Sequence[bytes]) -> None:
-        record = ContentRecord(content_digest(tensor.dtype, tensor.shape, hashes), b"".join(hashes))
-        catalog.keep_content(local_key(StoredTensor(shard, tensor)), record)
+        record = record_of(tensor.dtype, tensor.shape, hashes)
+        if record is not None:
+            key = local_key(StoredTensor(shard, tensor))
+            catalog.keep_content(key, record, key)
 
     return LearnedHashes(keep)
 
 
 def _hash(place: StoredTensor, reader: SourceReader) -> ContentRecord:
     """Return the hashes of one tensor's blocks, and what it is known by."""
-    hashes = [
-        blake3(place.read(reader, start, stop, Purpose.ANALYSIS).data).digest()
-        for start, stop in BlockGrid.of(place.shape)
-    ]
-    return ContentRecord(content_digest(place.dtype, place.shape, hashes), b"".join(hashes))
+    hasher = TensorHasher(place.dtype, place.shape)
+    for start, stop in BlockGrid.of(place.shape):
+        hasher.take(place.read(reader, start, stop, Purpose.ANALYSIS))
+    return hasher.record()

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
@@ -27,7 +26,8 @@ from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import Place, StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics import blocks, histograms
-from mergefs.statistics.identity import content_digest, digest, local_key, sources_of, statistic_key
+from mergefs.statistics.hashing import TensorHasher
+from mergefs.statistics.identity import digest, local_key, sources_of, statistic_key
 
 _BIN_OF_ZERO: Final = 0
 
@@ -121,7 +121,7 @@ class TensorHashing:
     def __init__(self, place: Place, catalog: Catalog) -> None:
         self._place = place
         self._catalog = catalog
-        self._hashes: list[bytes] = []
+        self._hasher = TensorHasher(place.dtype, place.shape)
 
     def take(self, start: int, raw: Raw) -> None:
         """Take the next block, whose first element has the flat index ``start``.
@@ -130,11 +130,11 @@ class TensorHashing:
         """
         if self._place.dtype.is_float:
             refuse_non_finite(self._place, raw, start)
-        self._hashes.append(_hash(raw))
+        self._hasher.take(raw)
 
     def keep(self) -> None:
         """Keep the hashes, which the catalog has from its next flush on; all blocks have been taken."""
-        _keep_content(self._place, self._hashes, self._catalog)
+        _keep_content(self._place, self._hasher.record(), self._catalog)
 
 
 class _Base:
@@ -149,6 +149,7 @@ class _Base:
         self.content = None if known is None else known.digest
         self.hashes: list[bytes] = [] if known is None else blocks.split_hashes(known)
         self._catalog = catalog
+        self._hasher = TensorHasher(place.dtype, place.shape)
         self._norms: list[float] | None = None if blocks.known_norms(place, compute, catalog) is not None else []
         self._block = -1
         self._held: Raw | None = None
@@ -167,7 +168,7 @@ class _Base:
         if not np.isfinite(norm):  # or it may have become so in the compute dtype
             refuse_non_finite(self.place, raw, start)
         if self.content is None:
-            self.hashes.append(_hash(raw))
+            self.hashes.append(self._hasher.take(raw))
         if self._norms is not None:
             self._norms.append(norm)
 
@@ -182,7 +183,7 @@ class _Base:
     def keep(self) -> bytes:
         """Keep what was not known, and return the content."""
         if self.content is None:
-            self.content = _keep_content(self.place, self.hashes, self._catalog)
+            self.content = _keep_content(self.place, self._hasher.record(), self._catalog)
         if self._norms is not None:
             key = statistic_key("norms", self.compute, 0, (self.content,))
             about = _about(self.place, self.content, self._catalog)
@@ -204,8 +205,9 @@ class _Expert:
         self._base = base
         self._catalog = catalog
         self._meter = meter(base.compute)
-        known = catalog.content(local_key(place))
-        self._known = None if known is None else blocks.split_hashes(known)
+        self._record = catalog.content(local_key(place))
+        self._known = None if self._record is None else blocks.split_hashes(self._record)
+        self._hasher = TensorHasher(place.dtype, place.shape)
         self._hashes: list[bytes] = []
         self._measures: list[BlockMeasures | None] = [None] * base.grid.count
         self._unmeasured = 0  # elements in blocks that are the base's
@@ -216,7 +218,7 @@ class _Expert:
         """Take all that is to be known of a block, whose bytes may be in memory."""
         if self._known is None:
             raw = self._read(block) if raw is None else raw
-            found = _hash(raw)
+            found = self._hasher.take(raw)
         else:
             found = self._known[block]
         self._hashes.append(found)
@@ -235,7 +237,7 @@ class _Expert:
 
     def keep(self, base: bytes) -> None:
         """Keep what was not known; ``base`` is the base's content."""
-        content = _keep_content(self._place, self._hashes, self._catalog)
+        content = _keep_content(self._place, self._record or self._hasher.record(), self._catalog)
         if content == base or self._twin is not None:
             return
         counts = self._meter.histogram()
@@ -317,17 +319,11 @@ def refuse_non_finite(place: Place, raw: Raw, start: int) -> None:
     )
 
 
-def _hash(raw: Raw) -> bytes:
-    """Return the hash of the bytes of a block."""
-    return blake3(raw.data).digest()
-
-
-def _keep_content(place: Place, hashes: list[bytes], catalog: Catalog) -> bytes:
-    """Keep the hashes of a tensor's blocks, and return its content."""
-    content = content_digest(place.dtype, place.shape, hashes)
+def _keep_content(place: Place, record: ContentRecord, catalog: Catalog) -> bytes:
+    """Keep the hashes of a tensor, and return its content."""
     files = b"".join(map(local_key, place.stored()))
-    catalog.keep_content(local_key(place), ContentRecord(content, b"".join(hashes)), files)
-    return content
+    catalog.keep_content(local_key(place), record, files)
+    return record.digest
 
 
 def _about(place: Place, content: bytes, catalog: Catalog) -> bytes:

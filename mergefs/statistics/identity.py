@@ -10,6 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.checkpoint import TensorSource, WeightSource
 from mergefs.checkpoint.dtypes import DType
 from mergefs.checkpoint.source import Shard
+from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place, StoredTensor
 
 KEY_BYTES = 24
@@ -88,7 +89,12 @@ def statistic_key(kind: str, compute: DType, argument: int | str, tensors: Seque
 
 
 def content_digest(dtype: DType, shape: tuple[int, ...], hashes: Sequence[bytes]) -> bytes:
-    """Return what a tensor is known by: a hash of its dtype, its shape and the hashes of its blocks."""
+    """Return what a tensor is known by: a hash of its dtype, its shape and the hashes of its blocks.
+
+    These are the blocks of ``BlockGrid.of_contents``, whatever the tensor is computed by.
+    """
+    if len(hashes) != BlockGrid.of_contents(shape).count:
+        raise ValueError(f"a tensor of shape {shape} has not {len(hashes)} blocks that it is known by")
     return digest("content", dtype.name, ",".join(map(str, shape)), b"".join(hashes))
 
 
