@@ -25,6 +25,7 @@ from mergefs.catalog.records import ContentRecord, TransactionRecord, Vocabulary
 from mergefs.catalog.schema import SCHEMA
 from mergefs.cli import main
 from mergefs.engine.workspace import Workspace
+from mergefs.materialize.manifest import read_manifest
 from mergefs.materialize.staging import locked, staging_path
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
@@ -209,11 +210,15 @@ def test_a_plan_that_nothing_uses_is_removed_with_its_parts_once_it_is_old(recip
 
 def test_a_plan_that_was_written_is_kept_for_its_lineage(recipe: Path, place: Path, tmp_path: Path) -> None:
     assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 0
+    asked = read_manifest(tmp_path / "out").plan_id
     before = counts(place)
+    assert (before["plans"], before["readings"]) == (2, 1)  # it was begun before the inputs were known
     shutil.rmtree(tmp_path / "out")
     run_gc(place)
     after = counts(place)
-    assert (after["plans"], after["transactions"]) == (before["plans"], 1) == (1, 1)
+    assert (after["plans"], after["transactions"], after["readings"]) == (1, 1, 1)
+    with Catalog(place) as catalog:
+        assert [plan.plan_id[:16] for plan in catalog.plans()] == [asked]
 
 
 def test_a_plan_that_a_mount_shows_is_kept(directory: Path, place: Path) -> None:

@@ -37,20 +37,21 @@ class Reading:
         return int(sum(counts[:, 1].sum() for counts in self.counts.values()))
 
 
-def keep_reading(engine: Engine, how: How, catalog: Catalog) -> int:
+def keep_reading(engine: Engine, how: How, catalog: Catalog, plan_id: str | None = None) -> int:
     """Keep what ``engine`` has read so far in place of an earlier reading of its plan, and return how much that is.
 
-    Nothing is kept where nothing was read. A catalog that cannot be written to is told in the log and is no error: the
-    reading itself went well.
+    ``plan_id`` is given where the plan has got another id since the engine was made. Nothing is kept where nothing was
+    read. A catalog that cannot be written to is told in the log and is no error: the reading itself went well.
     """
     counts = engine.tally.counts()
     total = int(sum(entry.sum() for entry in counts.values()))
+    its_id = plan_id or engine.plan.plan_id
     if total:
         packed = {name: entry.astype("<i8").tobytes() for name, entry in counts.items()}
         try:
-            catalog.keep_reading(ReadingRecord(engine.plan.plan_id, how, time.time_ns(), packed))
+            catalog.keep_reading(ReadingRecord(its_id, how, time.time_ns(), packed))
         except CatalogError as error:
-            _LOG.warning("what was read of plan %s is not kept: %s", engine.plan.plan_id, error)
+            _LOG.warning("what was read of plan %s is not kept: %s", its_id, error)
     return total
 
 

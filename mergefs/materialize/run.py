@@ -123,7 +123,7 @@ class Run:
         """Close the journal, and keep in the catalog what was read."""
         if self._journal is not None:
             self._journal.close()
-        keep_reading(self._files.engine, "materialize", self._resources.catalog)
+        keep_reading(self._files.engine, "materialize", self._resources.catalog, self._transaction.record.plan_id)
 
     def _open_journal(self) -> Journal:
         """Return the journal that this run writes to."""
