@@ -14,6 +14,8 @@ _PROGRAM: Final = 192 * 2**20
 """For Python, numpy, compiled kernels, and plans of some thousand tensors."""
 UNUSED: Final = 64 * 2**20
 """What the allocator keeps of freed blocks."""
+_LOST: Final = 16
+"""The part of all memory, one in so many, that is lost between blocks of different sizes."""
 _LARGEST_CACHE: Final = 2**30
 
 
@@ -35,4 +37,4 @@ class Memory:
                 f"{format_size(smallest)}, or fewer --threads"
             )
         cache = min(max((total - fixed) // 4, SMALLEST_CACHE_SIZE), _LARGEST_CACHE)
-        return cls(cache, total - fixed - cache)
+        return cls(cache, total - fixed - cache - total // _LOST)
