@@ -1,8 +1,10 @@
 """Which bytes a budget buys, on numbers alone: the objective, the cap, what a dynamic programme would have bought."""
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mergefs.planner.allocation import Allocation, Offer, allocate, correlations, together
+from mergefs.planner.allocation import Allocation, Offer, allocate, correlations, steps, together
 from mergefs.planner.allocation.chains import chains_of
+from mergefs.planner.allocation.steps import sum_in_order
 
 QUICK = settings(max_examples=40, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -414,3 +417,28 @@ def test_a_level_that_one_of_them_lacks_is_not_for_sale_together(seed: int) -> N
     assert one.prices[0, cell, 1] == 0
     assert one.shares[0, cell, 1] == 1
     assert one.prices[0, cell, -1] == offer.prices[offer.for_sale[:, cell], cell, -1].sum()
+
+
+@QUICK
+@given(seed=SEEDS)
+def test_what_is_kept_in_files_is_bought_as_what_is_kept_in_memory(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    offers = [any_offer(rng) for _ in range(int(rng.integers(1, 4)))]
+    limit = int(rng.uniform(0, 1.1) * sum(offer.price_of_all for offer in offers))
+    held = allocate(offers, limit)
+    with tempfile.TemporaryDirectory() as directory:
+        spilled = allocate(offers, limit, Path(directory))
+        assert list(Path(directory).iterdir()) == [], "files without names leave nothing behind"
+    assert (spilled.spent, spilled.total, spilled.left) == (held.spent, held.total, held.left)
+    for one, other in zip(spilled.levels, held.levels, strict=True):
+        assert np.array_equal(one, other)
+
+
+@given(numbers=st.lists(st.floats(-1e6, 1e6), max_size=30))
+def test_sums_are_those_of_one_number_after_the_other(numbers: list[float]) -> None:
+    expected = 0.0
+    for number in numbers:
+        expected += number
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_CHUNK", 7)
+        assert sum_in_order(np.array(numbers, dtype=np.float64)) == expected

@@ -10,7 +10,7 @@ import click
 from mergefs.cli.options import (
     MERGEKIT_EPILOG,
     PlanArguments,
-    Size,
+    memory_option,
     multi_arguments,
     plan_arguments,
     verify_reads_option,
@@ -31,14 +31,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there, in one step.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run has left, as far as hashes prove it.")
 @click.option("--fresh", is_flag=True, help="Throw away what an interrupted run has left.")
-@click.option(
-    "--memory",
-    type=Size(),
-    default="2GiB",
-    show_default=True,
-    metavar="S",
-    help="Memory that the process may take, however large the models are.",
-)
+@memory_option
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -112,7 +105,7 @@ def _materialize(
     threads = how.threads or default_threads()
     memory = Memory.of(how.memory, threads)
     catalog = Catalog(settings.catalog or default_location())
-    workspace = Workspace.create(catalog, memory.cache, how.verify_reads, memory.held)
+    workspace = Workspace.create(catalog, memory.cache, how.verify_reads, memory.held, how.memory)
     interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:

@@ -242,6 +242,15 @@ cache_size_option = click.option(
     help="Memory for blocks that may be asked for again.",
 )
 
+memory_option = click.option(
+    "--memory",
+    type=Size(),
+    default="2GiB",
+    show_default=True,
+    metavar="S",
+    help="Memory that the process may take, however large the models are.",
+)
+
 verify_reads_option = click.option(
     "--verify-reads/--no-verify-reads",
     default=True,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, plan_arguments
+from mergefs.cli.options import MERGEKIT_EPILOG, PlanArguments, memory_option, plan_arguments
 from mergefs.cli.settings import Settings
 from mergefs.errors import UsageError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @plan_arguments
 @click.option("--sweep", metavar="LIST", help="Show what several budgets would bring: 1%,5%,25%,100%. Keeps no plan.")
 @click.option("--plot", metavar="FILE.png", type=click.Path(path_type=Path), help="Draw the curve of the sweep.")
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
 def command(
@@ -31,6 +32,7 @@ def command(
     arguments: PlanArguments,
     sweep: str | None,
     plot: Path | None,
+    memory: int,
     as_json: bool,
 ) -> None:
     """Show what a recipe reads and what it costs, without reading more than it must.
@@ -39,7 +41,7 @@ def command(
     the catalog: its id, or the beginning of it, can be given in place of the recipe from then on.
     """
     if sweep is not None:
-        _sweep(settings, recipe, arguments, sweep, plot, as_json)
+        _sweep(settings, recipe, arguments, sweep, plot, memory, as_json)
         return
     if plot is not None:
         raise UsageError("--plot draws the curve of a sweep; say of which budgets: --sweep 5%,25%,50%,100%")
@@ -50,7 +52,7 @@ def command(
     from mergefs.planner.planes_offer import planes_offer
     from mergefs.planner.targets import plan_target
 
-    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()), planning_size=memory)
     try:
         with progress(settings.quiet) as listener:
             plan = plan_target(recipe, arguments.options(), workspace, listener)
@@ -82,7 +84,13 @@ def _advertised(offer: "PlanesOffer", recipe: Path) -> str:
 
 
 def _sweep(
-    settings: Settings, target: Path, arguments: PlanArguments, sweep: str, plot: Path | None, as_json: bool
+    settings: Settings,
+    target: Path,
+    arguments: PlanArguments,
+    sweep: str,
+    plot: Path | None,
+    memory: int,
+    as_json: bool,
 ) -> None:
     """Print, and draw, what several budgets would bring."""
     from mergefs.catalog import Catalog, default_location
@@ -99,7 +107,7 @@ def _sweep(
         raise UsageError("--budget and --sweep both say what may be read; give one of them")
     budgets = parse_sweep(sweep)
     kind = None if plot is None else format_of(plot)
-    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()), planning_size=memory)
     try:
         with progress(settings.quiet) as listener:
             recipe, options = recipe_target(target, arguments.options(), workspace.catalog)

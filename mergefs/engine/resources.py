@@ -21,6 +21,8 @@ SMALLEST_CACHE_SIZE: Final = 64 * 2**20
 """Room for the blocks that parallel readers are in the middle of; with less, each would be computed again and again."""
 WORKING_MEMORY: Final = 64 * 2**20
 """For blocks that are being computed: enough for a dozen at once of three experts and their base."""
+PLANNING_MEMORY: Final = 2 * 2**30
+"""For all that planning takes, where nothing else is said."""
 _WORKERS: Final = 32
 """Blocks that may be computed at once: more than there are cores, since most wait where sources lie on a slow disk."""
 
@@ -31,7 +33,8 @@ _Resources = TypeVar("_Resources", bound="Resources")
 class Resources:
     """Shared by every engine of a process.
 
-    ``room`` is the memory in which blocks are computed, ``held_size`` what is held of tensors that are analysed;
+    ``room`` is the memory in which blocks are computed, ``held_size`` what is held of tensors that are analysed,
+    ``planning_size`` what planning may take of memory;
     ``learns`` says whether hashes of what is read are kept where nobody knows them.
     """
 
@@ -43,6 +46,7 @@ class Resources:
     statistics: StatisticsService
     room: Room
     held_size: int
+    planning_size: int
     learns: bool
 
     @classmethod
@@ -52,6 +56,7 @@ class Resources:
         cache_size: int = DEFAULT_CACHE_SIZE,
         verify_reads: bool = True,
         held_size: int = 0,
+        planning_size: int = PLANNING_MEMORY,
     ) -> _Resources:
         """Return resources with a ledger and a cache of their own.
 
@@ -75,6 +80,7 @@ class Resources:
             statistics=StatisticsService(catalog, reader),
             room=Room(WORKING_MEMORY, _WORKERS),
             held_size=held_size,
+            planning_size=planning_size,
             learns=learned is not None and verify_reads,
         )
 

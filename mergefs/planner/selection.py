@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
@@ -31,15 +32,17 @@ def select_blocks(
     statistics: StatisticsService,
     limit: int,
     strategy: Strategy = BY_WORTH,
+    spill: Path | None = None,
 ) -> SelectionResult:
     """Choose what to read for at most ``limit`` bytes; every delta must have its block statistics in the catalog.
 
-    ``strategy`` says what may be bought and what counts.
+    ``strategy`` says what may be bought and what counts; what there is to choose from is kept in files in ``spill``, or
+    in memory.
     Raises BudgetError where ``limit`` cannot pay for what must be read from an expert.
     """
     tensors = [copied_from_the_base(tensor) for tensor in tensors]
     offers = TensorOffers(tensors, catalog, statistics, strategy)
-    allocation = allocate(offers, _left_after_necessary(tensors, limit))
+    allocation = allocate(offers, _left_after_necessary(tensors, limit), spill)
     selected = list(map(_whole, tensors))
     for number, levels in offers.bought(allocation.levels).items():
         stock = offers.stock(number)

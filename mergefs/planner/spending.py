@@ -8,6 +8,7 @@ measured by the method's own kernel; see ``mergefs.planner.prediction``.
 from collections.abc import Sequence
 from typing import Final
 
+from mergefs.planner.allocation import BYTES_OF_A_STEP
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.prediction.prediction import Prediction, Predictor
 from mergefs.planner.selection import select_blocks
@@ -25,6 +26,9 @@ _WITH_PLANES: Final = (
 )
 _WITHOUT_PLANES: Final = (BY_WORTH, Strategy(together=True), Strategy(angles=False))
 
+_PROGRAM: Final = 256 * 2**20
+"""What planning takes beside what it chooses from."""
+
 MOST_ITEMS: Final = 400_000
 """Pairs of an expert and a block above which only one way is tried, since each takes seconds then."""
 
@@ -36,9 +40,11 @@ def spend(tensors: Sequence[TensorPlan], limit: int, workspace: Workspace) -> tu
     cannot pay for what must be read from an expert.
     """
     predictor = Predictor(workspace)
+    needed = _PROGRAM + items(tensors) * BYTES_OF_A_STEP
+    spill = workspace.catalog.path if needed > workspace.planning_size else None
 
     def tried(strategy: Strategy) -> tuple[tuple[TensorPlan, ...], Prediction]:
-        selected = select_blocks(tensors, workspace.catalog, workspace.statistics, limit, strategy).tensors
+        selected = select_blocks(tensors, workspace.catalog, workspace.statistics, limit, strategy, spill).tensors
         return selected, predictor.predict(selected)
 
     best, found = tried(BY_WORTH)

@@ -40,6 +40,10 @@ class Workspace(Protocol):
     def statistics(self) -> StatisticsService:
         """Answers what methods ask of whole tensors."""
 
+    @property
+    def planning_size(self) -> int:
+        """The bytes of memory that planning may take."""
+
     def compute(self, plan: MergePlan) -> MergedReader:
         """Return what computes the tensors of ``plan``."""
 

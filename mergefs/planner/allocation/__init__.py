@@ -6,5 +6,6 @@ worth buying, ``spending`` what a budget buys of all tensors.
 
 from mergefs.planner.allocation.offers import Offer, correlations, together
 from mergefs.planner.allocation.spending import Allocation, allocate
+from mergefs.planner.allocation.steps import BYTES_OF_A_STEP
 
-__all__ = ["Allocation", "Offer", "allocate", "correlations", "together"]
+__all__ = ["BYTES_OF_A_STEP", "Allocation", "Offer", "allocate", "correlations", "together"]

@@ -214,6 +214,11 @@ def _array(element: Any, dimensions: int) -> Any:
     return types.Array(element, dimensions, "C")
 
 
+def _read_only(element: Any) -> Any:
+    """Return the type of a contiguous array of one dimension that is not to be written to."""
+    return types.Array(element, 1, "C", readonly=True)
+
+
 _OFFER: Final = (
     _array(types.float64, 1),
     _array(types.float64, 1),
@@ -227,7 +232,6 @@ _OFFER: Final = (
     types.int64,
 )
 _INTEGERS: Final = _array(types.int64, 1)
-_NUMBERS: Final = _array(types.float64, 1)
 
 TENSOR_CHAINS: Final = Kernel(_tensor_chains, lambda: _OFFER)
 CELL_CANDIDATES: Final = Kernel(_cell_candidates, lambda: (*_OFFER, types.int64))
@@ -236,10 +240,10 @@ FILL: Final = Kernel(
     lambda: (
         _INTEGERS,
         types.int64,
-        _NUMBERS,
-        _INTEGERS,
-        _INTEGERS,
-        _INTEGERS,
+        _read_only(types.float64),
+        _read_only(types.int64),
+        _read_only(types.int64),
+        _array(types.int32, 1),
         _INTEGERS,
         _INTEGERS,
         types.int64,

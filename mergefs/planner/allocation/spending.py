@@ -3,15 +3,14 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergefs.planner.allocation.chains import Chains, candidates_of, chains_of
+from mergefs.planner.allocation.chains import candidates_of, chains_of
 from mergefs.planner.allocation.offers import Offer
-
-_Number = TypeVar("_Number", np.int64, np.float64)
+from mergefs.planner.allocation.steps import AllSteps, Steps, sum_in_order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,25 +29,29 @@ class Allocation:
     complete: bool
 
 
-def allocate(offers: Sequence[Offer], limit: int) -> Allocation:
+def allocate(offers: Sequence[Offer], limit: int, spill: Path | None = None) -> Allocation:
     """Return what to buy for at most ``limit`` bytes so that the expected squared error is small.
 
     Each offer is asked for once, and again where little is left of the limit and one of its cells might still use it;
     so a sequence may make them when they are asked for. A larger limit never leaves a larger error: at every turn the
     step that is taken removes the most for a byte of all that fit, which bounds what a smaller rest could remove.
     Equal slopes go by the order of tensors and cells. The result does not depend on anything else.
+
+    What there is to choose from is kept in files in the directory ``spill``, or in memory where none is given.
     """
     prices: list[int] = []
-    chains: list[Chains] = []
+    steps = Steps(spill)
     everything: list[NDArray[np.uint8]] = []
     for offer in offers:
-        chains.append(chains_of(offer))
+        steps.append(chains_of(offer))
         prices.append(offer.price_of_all)
         everything.append(offer.everything)
-    total = _sum(_joined([part.gains for part in chains], np.float64))
+    every = steps.whole()
+    total = sum_in_order(every.gains)
+    every.release()
     if sum(prices) <= limit:
         return Allocation(tuple(everything), sum(prices), total, 0.0, complete=True)
-    spending = _Spending(offers, chains)
+    spending = _Spending(offers, every)
     spent = spending.spend(limit)
     return Allocation(tuple(spending.levels()), spent, total, spending.error_left(), complete=False)
 
@@ -77,27 +80,23 @@ class _Beside:
 class _Spending:
     """The steps of all tensors one after the other, and how far each cell has come."""
 
-    def __init__(self, offers: Sequence[Offer], chains: Sequence[Chains]) -> None:
+    def __init__(self, offers: Sequence[Offer], steps: AllSteps) -> None:
         self._offers = offers
-        self._chains = chains
-        self._slopes = _joined([part.slopes for part in chains], np.float64)
-        self._costs = _joined([part.costs for part in chains], np.int64)
-        self._least = _joined([part.least for part in chains], np.int64)
-        lengths = _joined([np.diff(part.starts) for part in chains], np.int64)
-        self._starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        self._chain = np.repeat(np.arange(lengths.size, dtype=np.int64), lengths)
-        self._first_cells = np.cumsum([0, *(part.starts.size - 1 for part in chains)])
-        self._taken = np.zeros(lengths.size, dtype=np.int64)
+        self._steps = steps
+        self._taken = np.zeros(steps.starts.size - 1, dtype=np.int64)
         self._beside: dict[int, _Beside] = {}
 
     def spend(self, limit: int) -> int:
         """Take what is worth most for each byte while it fits, and return the bytes that are spent."""
-        order = np.argsort(-self._slopes, kind="stable")
-        spent = np.cumsum(self._costs[order])
+        order = np.argsort(-self._steps.slopes, kind="stable")
+        self._steps.release()
+        spent = self._steps.costs[order]
+        np.cumsum(spent, out=spent)
         fitting = int(np.searchsorted(spent, limit, side="right"))
-        self._taken[:] = np.bincount(self._chain[order[:fitting]], minlength=self._taken.size)
         rest = limit - (int(spent[fitting - 1]) if fitting else 0)
         del spent
+        self._steps.release()
+        self._taken[:] = np.bincount(self._steps.cell[order[:fitting]], minlength=self._taken.size)
         return limit - self._fill(order, fitting, rest)
 
     def _fill(self, order: NDArray[np.int64], position: int, rest: int) -> int:
@@ -111,11 +110,11 @@ class _Spending:
             position, rest, chain = fill(
                 order,
                 position,
-                self._slopes,
-                self._costs,
-                self._least,
-                self._chain,
-                self._starts,
+                self._steps.slopes,
+                self._steps.costs,
+                self._steps.least,
+                self._steps.cell,
+                self._steps.starts,
                 self._taken,
                 rest,
                 until,
@@ -140,9 +139,10 @@ class _Spending:
         taken = int(self._taken[chain])
         current = 0
         if taken:
-            steps = slice(self._starts[chain], self._starts[chain] + taken)
-            state = self._chains[tensor].states[self._chains[tensor].starts[cell] + taken - 1]
-            same = np.flatnonzero((states == state).all(axis=1) & (costs == self._costs[steps].sum()))
+            first = int(self._steps.starts[chain])
+            state = self._steps.states(tensor)[first + taken - 1 - self._steps.first_step(tensor)]
+            cost = self._steps.costs[first : first + taken].sum()
+            same = np.flatnonzero((states == state).all(axis=1) & (costs == cost))
             current = int(same[0])
         self._beside[chain] = _Beside(costs, errors, states, current)
 
@@ -154,19 +154,23 @@ class _Spending:
 
     def _place(self, chain: int) -> tuple[int, int]:
         """Return tensor and cell of a chain."""
-        tensor = int(np.searchsorted(self._first_cells, chain, side="right")) - 1
-        return tensor, chain - int(self._first_cells[tensor])
+        first_cells = self._steps.first_cells
+        tensor = int(np.searchsorted(first_cells, chain, side="right")) - 1
+        return tensor, chain - int(first_cells[tensor])
 
     def levels(self) -> list[NDArray[np.uint8]]:
         """Return the level of every input in every cell (uint8 [n, c]) of each tensor."""
         result: list[NDArray[np.uint8]] = []
-        for number, part in enumerate(self._chains):
-            first, behind = self._first_cells[number], self._first_cells[number + 1]
-            taken = self._taken[first:behind]
-            states = np.zeros((taken.size, part.states.shape[1]), dtype=np.uint8)
+        steps = self._steps
+        for tensor in range(steps.tensors):
+            first, behind = steps.first_cells[tensor], steps.first_cells[tensor + 1]
+            taken, known = self._taken[first:behind], steps.states(tensor)
+            states = np.zeros((taken.size, known.shape[1]), dtype=np.uint8)
             bought = taken > 0
-            states[bought] = part.states[(part.starts[:-1] + taken - 1)[bought]]
+            last = steps.starts[first:behind] - steps.first_step(tensor) + taken - 1
+            states[bought] = known[last[bought]]
             result.append(states)
+            self._steps.release()
         for chain, beside in self._beside.items():
             tensor, cell = self._place(chain)
             result[tensor][cell] = beside.states[beside.current]
@@ -174,19 +178,9 @@ class _Spending:
 
     def error_left(self) -> float:
         """Return the expected squared error of all that is not bought."""
-        left = _joined([part.gains for part in self._chains], np.float64)
-        left[np.arange(left.size, dtype=np.int64) < (self._starts[:-1] + self._taken)[self._chain]] = 0.0
+        starts, left = self._steps.starts, self._steps.gains.copy()
+        left[np.arange(left.size, dtype=np.int64) < (starts[:-1] + self._taken)[self._steps.cell]] = 0.0
         for chain, beside in self._beside.items():
-            left[self._starts[chain] : self._starts[chain + 1]] = 0.0
-            left[self._starts[chain]] = beside.errors[beside.current] - beside.errors.min()
-        return _sum(left)
-
-
-def _joined(parts: Sequence[NDArray[_Number]], dtype: type[_Number]) -> NDArray[_Number]:
-    """Return the arrays one after the other."""
-    return np.concatenate([np.zeros(0, dtype=dtype), *parts])
-
-
-def _sum(numbers: NDArray[np.float64]) -> float:
-    """Return the sum, in the order of the numbers, so that with some of them 0 it is never larger."""
-    return float(np.cumsum(numbers)[-1]) if numbers.size else 0.0
+            left[starts[chain] : starts[chain + 1]] = 0.0
+            left[starts[chain]] = beside.errors[beside.current] - beside.errors.min()
+        return sum_in_order(left)
