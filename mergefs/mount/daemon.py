@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
 
-from mergefs.engine.allocator import made_to_stay
 from mergefs.errors import MergefsError, MountError
 from mergefs.mount import bindings, logs
 from mergefs.mount.handshake import Outcome, Speaker, listen
@@ -223,6 +222,8 @@ class _Server:
         )
 
     def _build(self) -> Tree:
+        from mergefs.engine.allocator import made_to_stay  # here, since what forks a server loads no engine
+
         try:
             with _signals_raise(), made_to_stay():
                 return self.build_tree()
