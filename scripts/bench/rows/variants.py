@@ -1,5 +1,6 @@
 """Many variants of one recipe: written in one command, which reads each block of the sources once."""
 
+import shutil
 from pathlib import Path
 
 from bench.comparing import same_bits
@@ -79,4 +80,6 @@ def _plain_writes(setting: Setting, model: Path, out: Path) -> Taken:
             sync '{out}'/$number '{out}'
         done
     """
-    return measured(["bash", "-c", script], setting.variables())
+    taken = measured(["bash", "-c", script], setting.variables())
+    shutil.rmtree(out)  # nothing is compared with it, and it takes much of the disk
+    return taken
