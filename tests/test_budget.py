@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -458,31 +458,35 @@ def faults_from_disk(pid: int) -> int:
 
 @pytest.mark.parametrize("name", ["ties", "task_arithmetic"])
 def test_the_disk_reads_only_the_pages_of_bought_blocks(large: Analysed, tmp_path: Path, name: str) -> None:
-    """Pages of the server's own code count for it as well, so a reading during which it missed one is repeated."""
+    """Pages of the server's own code count for it as well, so a reading during which it missed one is repeated.
+
+    Each by a server of its own: models of one mount share what they read of their sources.
+    """
     base = [shard.path for shard in open_checkpoint(large.family.base).shards]
     experts = large.expert_files(name)
-    first, second = MERGES[name].per_expert
-    recipes = []
+    recipe = write_recipe(tmp_path / "merge.yml", MERGES[name], large.family)
+    with Catalog(large.catalog) as catalog:
+        plan = make_plan(load_recipe(recipe), PlanOptions("25%"), Workspace.create(catalog))
+    allowed = pages_of_bought_blocks(plan) + sum(map(whole_pages, base))
+    needed = plan.outcome.expert_bytes_planned + plan.outcome.base_bytes
+    # A block may touch one page more at each of its ends.
+    assert allowed <= needed + 2 * PAGE * plan.outcome.blocks_selected + 2 * PAGE * len(base)
+    clean = False
     for number in range(8):
-        merge = replace(MERGES[name], per_expert=({**first, "weight": 0.5 + number / 100}, second))
-        recipes.append(write_recipe(tmp_path / f"{number}.yml", merge, large.family))
-    clean = 0
-    with mounted_recipes(
-        *recipes, mountpoint=tmp_path / "mnt", state=tmp_path, options=["--budget", "25%"], extra=large.extra
-    ) as mount:
-        for recipe in recipes:
-            with Catalog(large.catalog) as catalog:
-                plan = make_plan(load_recipe(recipe), PlanOptions("25%"), Workspace.create(catalog))
-            allowed = pages_of_bought_blocks(plan) + sum(map(whole_pages, base))
-            needed = plan.outcome.expert_bytes_planned + plan.outcome.base_bytes
-            # A block may touch one page more at each of its ends.
-            assert allowed <= needed + 2 * PAGE * plan.outcome.blocks_selected + 2 * PAGE * len(base)
+        with mounted_recipes(
+            recipe,
+            mountpoint=tmp_path / f"mnt-{number}",
+            state=tmp_path,
+            options=["--budget", "25%"],
+            extra=large.extra,
+        ) as mount:
             drop_from_page_cache([*experts, *base])
             faults, before = faults_from_disk(mount.pid), bytes_from_disk(mount.pid)
-            read_all(tmp_path / "mnt" / recipe.stem)
+            read_all(mount.mountpoint)
             read = bytes_from_disk(mount.pid) - before
-            assert read >= needed, "the cache was not cold"
-            if faults_from_disk(mount.pid) == faults:
-                clean += 1
-                assert read <= allowed
+            clean = faults_from_disk(mount.pid) == faults
+        assert read >= needed, "the cache was not cold"
+        if clean:
+            assert read <= allowed
+            break
     assert clean, "the server missed pages of its own in each reading"
