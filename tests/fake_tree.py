@@ -51,7 +51,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "OSError-ENOTCONN": Fault(lambda: _with_errno(errno.ENOTCONN), errno.EIO),
     "KeyboardInterrupt": Fault(KeyboardInterrupt, errno.EIO),
     "SystemExit": Fault(lambda: SystemExit(0), errno.EIO),
-    "MemoryError": Fault(MemoryError, errno.EIO),
+    "MemoryError": Fault(MemoryError, errno.ENOMEM),
     "RuntimeError": Fault(lambda: RuntimeError("broken"), errno.EIO),
     "StopIteration": Fault(StopIteration, errno.EIO),
     "MergefsError": Fault(lambda: MergefsError("a sentence for people"), errno.EIO),

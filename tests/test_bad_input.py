@@ -604,9 +604,9 @@ VERIFICATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest of a newer format": (
         lambda directory: (directory / "mergefs.manifest.json").write_text(
-            (directory / "mergefs.manifest.json").read_text().replace('"format": 2', '"format": 3')
+            (directory / "mergefs.manifest.json").read_text().replace('"format": 3', '"format": 4')
         ),
-        r"mergefs.manifest.json: has format 3",
+        r"mergefs.manifest.json: has format 4",
     ),
 }
 

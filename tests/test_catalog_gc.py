@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,12 @@ from mergefs.cli import main
 from mergefs.engine.workspace import Workspace
 from mergefs.materialize.manifest import read_manifest
 from mergefs.materialize.staging import locked, staging_path
-from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.build import Planning, PlanOptions, make_plan
+from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
+from mergefs.upkeep import garbage
 from mergefs.upkeep.collection import Collected, collect
-from mergefs.upkeep.garbage import STATISTICS, Needs
+from mergefs.upkeep.garbage import STATISTICS, Model, Needs
 
 
 @pytest.fixture
@@ -219,6 +221,34 @@ def test_a_plan_that_was_written_is_kept_for_its_lineage(recipe: Path, place: Pa
     assert (after["plans"], after["transactions"], after["readings"]) == (1, 1, 1)
     with Catalog(place) as catalog:
         assert [plan.plan_id[:16] for plan in catalog.plans()] == [asked]
+
+
+def test_what_another_process_is_analysing_is_kept_until_it_has_planned(recipe: Path, place: Path) -> None:
+    with Catalog(place) as catalog:
+        planning = Planning(load_recipe(recipe), PlanOptions("50%"), Workspace.create(catalog), Silence())
+        planning.analyze()
+        catalog.flush()
+        assert not run_gc(place).removed
+        assert planning.within("50%").outcome.expert_bytes_planned > 0
+
+
+def test_what_is_told_of_while_garbage_is_looked_for_is_kept(
+    recipe: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = family(tmp_path / "other", experts=2, dtype=torch.bfloat16, tied=False, shards=1, seed=7)
+    gather(recipe)
+    real = garbage._live
+
+    def meanwhile(catalog: Catalog, models: Mapping[bytes, Model]) -> set[bytes]:
+        monkeypatch.setattr(garbage, "_live", real)
+        live = real(catalog, models)
+        gather(write_recipe(tmp_path / "other.yml", MERGES["ties"], other))
+        return live
+
+    monkeypatch.setattr(garbage, "_live", meanwhile)
+    assert not run_gc(place, days=1).removed
+    assert garbage._live is real
+    assert analysed(tmp_path / "other.yml", place) == 0
 
 
 def test_a_plan_that_a_mount_shows_is_kept(directory: Path, place: Path) -> None:

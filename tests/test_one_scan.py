@@ -23,7 +23,7 @@ from mergefs.materialize.materialize import Materialized, materialize
 from mergefs.materialize.memory import Memory
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.recipe.model import load_recipe
-from mergefs.sources.blocks import BLOCK_ELEMENTS
+from mergefs.sources.blocks import BLOCK_ELEMENTS, BlockGrid
 from mergefs.sources.holding import HeldBlocks
 from mergefs.sources.learning import LearnedHashes
 from mergefs.sources.verification import BlockCheck
@@ -170,15 +170,17 @@ def test_hashes_of_a_tensor_are_kept_when_all_of_its_blocks_were_read_in_whateve
     checkpoint = open_checkpoint(models.experts[0])
     tensor = checkpoint.tensors["model.embed_tokens.weight"]
     shard = checkpoint.shards[tensor.shard]
+    count = BlockGrid.of(tensor.shape).count
+    assert count > 3
     with Catalog(tmp_path / "catalog") as catalog:
         learned = learned_hashes(catalog)
-        for block in (2, 0, 1):
+        for block in (2, *range(3, count), 0, 1):
             assert known_blocks(shard, tensor, catalog) is None
-            assert learned.add(shard, tensor, 3, block, bytes([block]) * 32)
-        assert learned.add(shard, tensor, 3, 1, b"\1" * 32)
-        assert not learned.add(shard, tensor, 3, 1, b"\2" * 32)
+            assert learned.add(shard, tensor, count, block, bytes([block]) * 32)
+        assert learned.add(shard, tensor, count, 1, b"\1" * 32)
+        assert not learned.add(shard, tensor, count, 1, b"\2" * 32)
         catalog.flush()
-        assert known_blocks(shard, tensor, catalog) == b"\0" * 32 + b"\1" * 32 + b"\2" * 32
+        assert known_blocks(shard, tensor, catalog) == b"".join(bytes([block]) * 32 for block in range(count))
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ def analyze_family(
     its path, the bytes of tensors of which everything was known before.
     """
     sources = tuple(sources)
+    # First of all, and on disk: statistics of models that nobody has told of are garbage to `mergefs catalog gc`.
+    record_checkpoints(sources, catalog)
+    catalog.flush()
     work = _missing(tensors, catalog)
     covered = {local_key(place) for entry in work for place in entry.places}
     stored = {

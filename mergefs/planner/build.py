@@ -10,7 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.errors import BudgetError
 from mergefs.methods.registry import get_method, method_origin
-from mergefs.planner.analysis import analyze_family, gather_statistics
+from mergefs.planner.analysis import analyze_family, gather_statistics, record_checkpoints
 from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
@@ -137,6 +137,7 @@ class Planning:
         """Hash every input whose contents are not known; the draft then has identities by content."""
         workspace = self._workspace
         if any(is_local(checkpoint_identity(source, workspace.catalog)) for source in self.draft.sources):
+            record_checkpoints(self.draft.sources, workspace.catalog)  # before anything about them
             identify(self.draft.sources, workspace.catalog, workspace.reader, self._progress)
             self.draft = self._drafter.draft(self._recipe)
 

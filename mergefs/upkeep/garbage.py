@@ -121,7 +121,7 @@ def find_garbage(catalog: Catalog, needs: Needs) -> tuple[list[Garbage], list[st
     kept_models = {key: model for key, model in models.items() if key not in {one.kept.key for one in gone}}
     notes = _unopened(catalog, kept_models)
     if not notes:
-        garbage += _statistics(catalog, kept_models)
+        garbage += _statistics(catalog, needs, kept_models)
     return garbage, notes
 
 
@@ -169,13 +169,27 @@ def _vocabularies(catalog: Catalog, needs: Needs) -> Iterator[Garbage]:
             yield Garbage("vocabularies", kept, kept.key.hex(), "it is old, and built again in seconds")
 
 
-def _statistics(catalog: Catalog, models: Mapping[bytes, Model]) -> Iterator[Garbage]:
+def _statistics(catalog: Catalog, needs: Needs, models: Mapping[bytes, Model]) -> list[Garbage]:
+    live = _live(catalog, models)
+    found = [
+        Garbage(table, kept, kept.key.hex(), "no model that is there has the tensor")
+        for table in STATISTICS
+        for kept in catalog.kept(table)
+        if kept.about and not live.issuperset(_keys(kept))
+    ]
+    if not found:
+        return found
+    # Other processes analyse meanwhile. They tell of a model before anything about it, so a look at what there is now
+    # finds what any of the statistics that were found is about.
+    came = {kept.key: kept.record.path for kept in catalog.kept("checkpoints") if kept.key not in models}
+    live = _live(catalog, {**models, **{key: needs.state(path, key.decode()) for key, path in came.items()}})
+    return [one for one in found if not live.issuperset(_keys(one.kept))]
+
+
+def _live(catalog: Catalog, models: Mapping[bytes, Model]) -> set[bytes]:
+    """Return the keys of all tensors of models that are there, by their files and by their contents."""
     live = set().union(*(model.keys for model in models.values()))
-    live |= {kept.record.digest for kept in catalog.kept("contents") if kept.key in live}
-    for table in STATISTICS:
-        for kept in catalog.kept(table):
-            if kept.about and not live.issuperset(_keys(kept)):
-                yield Garbage(table, kept, kept.key.hex(), "no model that is there has the tensor")
+    return live | {kept.record.digest for kept in catalog.kept("contents") if kept.key in live}
 
 
 def _keys(kept: Kept) -> list[bytes]:
