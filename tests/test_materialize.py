@@ -1,6 +1,7 @@
 """``materialize``: at every instant the destination is what it was, or the complete new model."""
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -8,8 +9,10 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize import run as run_module
 from mergefs.materialize.manifest import MANIFEST_NAME
-from mergefs.materialize.materialize import Interrupted, Materialized, materialize
+from mergefs.materialize.materialize import Interrupted, Materialized, Order, materialize
 from mergefs.materialize.recomputing import verify_deep
 from mergefs.materialize.staging import locked, staging_path
 from mergefs.materialize.verify import verify
@@ -270,6 +273,26 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     finally:
         subprocess.run(["umount", disk], check=True)
     assert states() == ["aborted"]
+
+
+def test_what_was_planned_is_not_looked_through_for_garbage_while_it_is_written(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_together, looked_through = materialize_module.materialize_together, []
+
+    def watch(orders: Sequence[Order], *arguments: Any) -> list[Materialized | Exception]:
+        objects = {id(one) for generation in range(3) for one in gc.get_objects(generation)}
+        looked_through.extend(id(one) in objects for order in orders for one in order.plan.tensors.values())
+        return write_together(orders, *arguments)
+
+    monkeypatch.setattr(materialize_module, "materialize_together", watch)
+    try:
+        assert main(["materialize", str(recipe), str(tmp_path / "out")]) == 0
+    finally:
+        gc.unfreeze()
+    assert gc.isenabled()
+    assert looked_through
+    assert not any(looked_through)
 
 
 def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

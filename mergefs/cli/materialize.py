@@ -94,7 +94,7 @@ def _materialize(
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
-    from mergefs.engine.allocator import keep_freed_memory, limit_arenas
+    from mergefs.engine.allocator import keep_freed_memory, limit_arenas, made_to_stay
     from mergefs.engine.workspace import Workspace
     from mergefs.materialize.materialize import Interrupted, Order, default_threads, materialize_together
     from mergefs.materialize.memory import UNUSED, Memory
@@ -109,7 +109,8 @@ def _materialize(
     interrupted = Interrupted.RESUME if how.resume else Interrupted.DISCARD if how.fresh else Interrupted.REFUSE
     try:
         with ended_by_signals(), progress(settings.quiet) as listener:
-            plans = [plan_target(recipe, arguments.options(), workspace, listener) for recipe in recipes]
+            with made_to_stay():
+                plans = [plan_target(recipe, arguments.options(), workspace, listener) for recipe in recipes]
             orders = [Order(plan, destination) for plan, destination in zip(plans, destinations, strict=True)]
             results = materialize_together(orders, workspace, how.overwrite, listener, interrupted, threads)
     except MaterializeError:
