@@ -5,7 +5,7 @@ on 16 bit types is the float32 operation rounded once, which is what torch does 
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,15 @@ from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
 
 Array: TypeAlias = NDArray[np.floating[Any]]
 Raw: TypeAlias = NDArray[np.uint8]
+
+
+_PATTERNS: Final[dict[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[Any]], int]]] = {
+    BF16.name: (np.int16, np.uint16, 0x7F80),
+    F16.name: (np.int16, np.uint16, 0x7C00),
+    F32.name: (np.int32, np.uint32, 0x7F800000),
+    F64.name: (np.int64, np.uint64, 0x7FF0000000000000),
+}
+"""The integers, with and without a sign, that the bits of a dtype are; and the bits of its infinity."""
 
 
 def round_to_bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -135,11 +144,15 @@ def store(values: Array, compute: DType, out: DType) -> Raw:
 
 
 def is_finite(raw: Raw, dtype: DType) -> bool:
-    """Return whether ``raw`` holds neither NaN nor infinity: whether no exponent has all bits set."""
-    if dtype in (BF16, F16):
-        exponent = np.uint16(0x7F80 if dtype == BF16 else 0x7C00)
-        return not bool(((raw.view(np.uint16) & exponent) == exponent).any())
-    return bool(np.isfinite(raw.view(np.float32 if dtype == F32 else np.float64)).all())
+    """Return whether ``raw`` holds neither NaN nor infinity: whether no exponent has all bits set.
+
+    Bits order as magnitudes do, the positive ones as signed integers and the negative ones as unsigned: so the largest
+    of each tells, and that is found as fast as memory is read, with nothing put down on the way.
+    """
+    signed, unsigned, infinity = _PATTERNS[dtype.name]
+    positive, negative = raw.view(signed), raw.view(unsigned)
+    sign = 1 << (dtype.bits - 1)
+    return not positive.size or bool(positive.max() < infinity and negative.max() < infinity + sign)
 
 
 def _convert(values: Array, source: DType, target: DType) -> Array:
