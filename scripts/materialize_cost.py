@@ -21,13 +21,12 @@ from mergefs.materialize import tensor_hashes, weights
 class Nothing:
     def __init__(self, *_): pass
     def update(self, *_): pass
-    def hexdigest(self): return "0" * 64
     def finish(self): return bytes(24)
 
 if "sync" in sys.argv[1]:
     os.fsync = lambda descriptor: None
 if "hashes" in sys.argv[1]:
-    weights.blake3 = tensor_hashes.ContentHasher = Nothing
+    tensor_hashes.ContentHasher = Nothing
     weights.hash_pieces = lambda data: ("0" * 64,) * -(-len(data) // weights.PIECE)
 sys.exit(main(sys.argv[2:]))
 """

@@ -4,6 +4,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import msgspec
+from blake3 import blake3
 
 from mergefs.errors import VerificationError
 from mergefs.planner.contents import FORMAT, MANIFEST_NAME, Contents, manifest_digest
@@ -16,11 +17,19 @@ PIECE: Final = 2**20
 
 
 class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One file: its size in bytes, the blake3 hash of its content in hex, and of each piece of it if it has weights."""
+    """One file: its size in bytes and a blake3 hash in hex; of each piece of it, too, if it has weights.
+
+    The hash is that of the content; where there are pieces, that of their hashes (32 bytes each) one after the other.
+    """
 
     size: int
     blake3: str
     pieces: tuple[str, ...] = ()
+
+    @classmethod
+    def of_pieces(cls, size: int, pieces: tuple[str, ...]) -> "FileEntry":
+        """Return the entry of a weight file: no byte is hashed again for it."""
+        return cls(size, blake3(bytes.fromhex("".join(pieces))).hexdigest(), pieces)
 
 
 class TensorEntry(msgspec.Struct, frozen=True):

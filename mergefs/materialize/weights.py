@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from blake3 import blake3
-
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.durability import Durability
@@ -64,7 +62,6 @@ class WeightFile:
         self._buffers = buffers
         self._processors = processors
         self._preparation = preparation
-        self._whole = blake3()
         self._pieces: list[str] = []
         self._done = 0
 
@@ -109,7 +106,6 @@ class WeightFile:
         """Take note of the next chunk of the file. Raises MaterializeError when an earlier one could not be synced."""
         view = chunk.buffer[: chunk.size]
         with self._processors:
-            self._whole.update(view)
             ended = self.tensors.update(chunk.offset, view)
         for name in ended:
             self._preparation.finish(name)
@@ -136,7 +132,7 @@ class WeightFile:
             self._durability.wait()
         except OSError as error:
             raise self._failed(error) from error
-        return FileEntry(self._file.size, self._whole.hexdigest(), tuple(self._pieces))
+        return FileEntry.of_pieces(self._file.size, tuple(self._pieces))
 
     def save(self) -> None:
         """Make durable what was noted, after an error."""
