@@ -1,6 +1,7 @@
 """The ``mergefs`` command itself: its global options, and commands that are imported when they are called."""
 
 import importlib
+import os
 from pathlib import Path
 
 import click
@@ -78,6 +79,9 @@ def cli(ctx: click.Context, catalog: Path | None, verbose: bool, log_file: Path 
 
     A recipe is a mergekit YAML file.
     """
+    if ctx.invoked_subcommand is None or not COMMANDS[ctx.invoked_subcommand].runs_models:
+        # Merging multiplies no matrices by it, and threads that wait for that take processor time from all others.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     ctx.obj = Settings(
         catalog=None if catalog is None else absolute(catalog),
         verbose=verbose,

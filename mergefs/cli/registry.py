@@ -6,11 +6,12 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a command lives, and its one line in ``mergefs --help``."""
+    """Where a command lives, and its one line in ``mergefs --help``; ``runs_models`` with torch, or only merges."""
 
     module: str
     attribute: str
     summary: str
+    runs_models: bool = False
 
 
 # In the order of ``mergefs --help``.
@@ -22,12 +23,18 @@ COMMANDS: Final[dict[str, Entry]] = {
     "plan": Entry("mergefs.cli.plan", "command", "Show what a recipe reads and what it costs."),
     "explain": Entry("mergefs.cli.explain", "command", "Show where the bytes of a budget go, and what is left out."),
     "diff": Entry("mergefs.cli.diff", "command", "Show how far two models are from each other, tensor by tensor."),
-    "ab": Entry("mergefs.cli.ab", "command", "Compare merged models on held-out text, without writing any."),
-    "sweep": Entry("mergefs.cli.sweep", "command", "Measure a grid of a recipe's variants on held-out text."),
+    "ab": Entry(
+        "mergefs.cli.ab", "command", "Compare merged models on held-out text, without writing any.", runs_models=True
+    ),
+    "sweep": Entry(
+        "mergefs.cli.sweep", "command", "Measure a grid of a recipe's variants on held-out text.", runs_models=True
+    ),
     "materialize": Entry("mergefs.cli.materialize", "command", "Write a merged model to disk, all or nothing."),
     "verify": Entry("mergefs.cli.verify", "command", "Check a materialized model against its manifest."),
     "log": Entry("mergefs.cli.log", "command", "Show what a model was made of."),
     "methods": Entry("mergefs.cli.methods", "command", "List the merge methods, or explain one."),
     "catalog": Entry("mergefs.cli.catalog", "command", "Look into the catalog."),
-    "demo": Entry("mergefs.cli.demo", "command", "Train a small family, merge it, mount it, and measure it."),
+    "demo": Entry(
+        "mergefs.cli.demo", "command", "Train a small family, merge it, mount it, and measure it.", runs_models=True
+    ),
 }
