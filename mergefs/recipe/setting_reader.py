@@ -5,19 +5,15 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final
 
-from pydantic import TypeAdapter, ValidationError
-
 from mergefs.errors import RecipeError
 from mergefs.methods.contract import Parameter, Scope, Specification
 from mergefs.methods.registry import built_in_methods_with
 from mergefs.recipe import misplaced
+from mergefs.recipe.conversion import to_bool, to_float
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe, is_null
 from mergefs.recipe.settings import NO_SETTINGS, Condition, Conditions, Gradient, Scalar, Setting, Settings
 from mergefs.recipe.wording import listed, nearest, quote
 
-# The lax mode of the library that mergekit checks with: what it takes for a number or a truth value, we take.
-_FLOAT: Final = TypeAdapter(float)
-_BOOL: Final = TypeAdapter(bool)
 _CONDITION_KEYS: Final = ("filter", "value")
 
 # It stands in configs of every method, and never had to do with the result: only with the memory that mergekit takes.
@@ -144,17 +140,14 @@ class _SettingReader:
 
     def _bool(self, item: ScalarItem) -> bool:
         try:
-            return _BOOL.validate_python(item.value)
-        except ValidationError:
+            return to_bool(item.value)
+        except ValueError:
             raise self._refuse(item, "true or false") from None
 
     def _float(self, item: ScalarItem) -> float:
-        # pydantic would read true as 1.0, which nobody means by it.
-        if isinstance(item.value, bool):
-            raise self._refuse(item, "a number")
         try:
-            number = _FLOAT.validate_python(item.value)
-        except (ValidationError, OverflowError):
+            number = to_float(item.value)
+        except ValueError:
             raise self._refuse(item, "a number") from None
         if not math.isfinite(number):
             raise self._refuse(item, "a finite number")

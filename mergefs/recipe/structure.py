@@ -3,10 +3,9 @@
 import os
 from typing import Final
 
-from pydantic import TypeAdapter, ValidationError
-
 from mergefs.methods.contract import BasePolicy, Parameter, Scope, Specification
 from mergefs.recipe import misplaced
+from mergefs.recipe.conversion import to_int
 from mergefs.recipe.definition import ModelInput, OutputModule, OutputSlice
 from mergefs.recipe.document import Entry, Item, Place, ScalarItem, SequenceItem, TableItem, describe
 from mergefs.recipe.keys import check_keys
@@ -20,9 +19,6 @@ _MODEL_KEYS: Final = ("model", "parameters")
 _SLICE_KEYS: Final = ("sources", "base_model", "parameters", "residual_weight")
 _SOURCE_KEYS: Final = ("model", "layer_range", "parameters")
 _MODULE_KEYS: Final = ("models", "slices", "parameters")
-
-# The lax mode of the library that mergekit checks with: what it takes for a whole number, we take.
-_INT: Final = TypeAdapter(int)
 
 
 class StructureReader:
@@ -260,12 +256,11 @@ def _layer_range(item: TableItem, model: ModelReference) -> tuple[int, int]:
 
 
 def _whole_number(item: Item) -> int | None:
-    # pydantic would read true as 1, which nobody means by it.
-    if not isinstance(item, ScalarItem) or isinstance(item.value, bool):
+    if not isinstance(item, ScalarItem):
         return None
     try:
-        return _INT.validate_python(item.value)
-    except ValidationError:
+        return to_int(item.value)
+    except ValueError:
         return None
 
 

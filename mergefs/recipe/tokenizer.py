@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
-
+from mergefs.recipe.conversion import to_bool, to_int
 from mergefs.recipe.document import Entry, Place, ScalarItem, TableItem, describe
 from mergefs.recipe.references import ModelReference, read_reference
 from mergefs.recipe.wording import listed, nearest, quote, suggestion
@@ -21,10 +20,6 @@ _ZERO_KEYS: Final = ("kind",)
 _WHOLE_VOCABULARIES: Final = ("union", "base")
 _SHORTEST_INLINE_TEMPLATE: Final = 20  # characters; mergekit takes nothing shorter for a template
 _LARGEST_INTEGER: Final = 2**31 - 1  # more tokens than any vocabulary has
-
-# The lax mode of the library that mergekit checks with: what it takes for a number or a truth value, we take.
-_INT: Final = TypeAdapter(int)
-_BOOL: Final = TypeAdapter(bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +234,11 @@ def _whole_number(entry: Entry) -> int:
     refusal = item.place.error(
         f"{entry.key!r} must be a whole number from 0 to {_LARGEST_INTEGER}, not {describe(item)}; correct the value"
     )
-    # pydantic would read true as 1, which nobody means by it.
-    if not isinstance(item, ScalarItem) or isinstance(item.value, bool):
+    if not isinstance(item, ScalarItem):
         raise refusal
     try:
-        number = _INT.validate_python(item.value)
-    except ValidationError:
+        number = to_int(item.value)
+    except ValueError:
         raise refusal from None
     if not 0 <= number <= _LARGEST_INTEGER:
         raise refusal
@@ -254,8 +248,8 @@ def _whole_number(entry: Entry) -> int:
 def _truth(entry: Entry) -> bool:
     item = entry.value
     try:
-        return _BOOL.validate_python(item.value if isinstance(item, ScalarItem) else None)
-    except ValidationError:
+        return to_bool(item.value if isinstance(item, ScalarItem) else None)
+    except ValueError:
         raise item.place.error(
             f"{entry.key!r} must be true or false, not {describe(item)}; correct the value"
         ) from None
