@@ -16,8 +16,8 @@ from mergefs.checkpoint.dtypes import BF16
 from mergefs.engine.allocator import made_to_stay
 from mergefs.engine.workspace import Workspace
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
+from mergefs.planner.everything import select_everything
 from mergefs.planner.plan import TensorPlan
-from mergefs.planner.selection import select_everything
 from mergefs.planner.stock import all_blocks_differ, deltas_of, stock_of
 from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from lora import llama, train, write_adapter
 from safetensors.torch import save_file
 
-from mergefs.checkpoint.adapter import is_adapter, open_adapter
+from mergefs.checkpoint.adapter import open_adapter
 from mergefs.checkpoint.adapter_config import read_adapter_config
+from mergefs.checkpoint.weights import is_adapter
 from mergefs.errors import CheckpointError, UnsupportedCheckpointError
 from mergefs.sources.reader import check_unchanged
 

@@ -14,12 +14,12 @@ from typing import Final
 
 from blake3 import blake3
 
-from mergefs.checkpoint.adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from mergefs.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from mergefs.checkpoint.checkpoint import TensorSource
 from mergefs.checkpoint.files import open_source
 from mergefs.checkpoint.header import read_header
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
-from mergefs.checkpoint.weights import find_weight_files
+from mergefs.checkpoint.weights import ADAPTER_CONFIG_NAME
 from mergefs.errors import CheckpointError, SourceReadError, UnsupportedCheckpointError
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -78,17 +78,6 @@ class Adapter:
         return (*self.shards, self.settings)
 
 
-def is_adapter(directory: Path) -> bool:
-    """Return whether ``directory`` is that of an adapter, without the weights of a model beside it."""
-    if not os.path.lexists(directory / CONFIG_NAME):
-        return False
-    try:
-        find_weight_files(directory)
-    except CheckpointError:
-        return True
-    return False
-
-
 def open_adapter(path: Path) -> Adapter:
     """Open the adapter in the directory ``path``; reads ``adapter_config.json`` and the header of the weights only.
 
@@ -97,16 +86,17 @@ def open_adapter(path: Path) -> Adapter:
     the operating system cannot give its bytes.
     """
     directory = _resolve(path)
-    settings_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    settings_path, weights_path = directory / ADAPTER_CONFIG_NAME, directory / WEIGHTS_NAME
     if not os.path.lexists(settings_path):
         raise CheckpointError(
-            f"{directory} has no {CONFIG_NAME}, so it is no adapter; give the directory that PEFT saved the adapter to"
+            f"{directory} has no {ADAPTER_CONFIG_NAME}, so it is no adapter; give the directory that PEFT saved the "
+            "adapter to"
         )
     config = read_adapter_config(settings_path)
     if not os.path.lexists(weights_path):
         raise _without_weights(directory)
     with open_source(settings_path) as descriptor:
-        settings = AuxiliaryFile(CONFIG_NAME, settings_path, Fingerprint.of(os.fstat(descriptor)))
+        settings = AuxiliaryFile(ADAPTER_CONFIG_NAME, settings_path, Fingerprint.of(os.fstat(descriptor)))
     with open_source(weights_path) as descriptor:
         fingerprint = Fingerprint.of(os.fstat(descriptor))
         shard = Shard(weights_path, fingerprint, read_header(descriptor, weights_path))

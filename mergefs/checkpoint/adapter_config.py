@@ -14,8 +14,6 @@ from typing import Any, Final
 from mergefs.checkpoint.files import read_json_object
 from mergefs.errors import CheckpointError, UnsupportedCheckpointError
 
-CONFIG_NAME: Final = "adapter_config.json"
-
 _DEFAULT_RANK: Final = 8
 _DEFAULT_ALPHA: Final = 8
 _FOLD: Final = "fold it into its model with PEFT's merge_and_unload() and save_pretrained(), and name the result"

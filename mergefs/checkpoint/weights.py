@@ -1,5 +1,6 @@
 """Which files of a model directory are its weights."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from mergefs.errors import CheckpointError, UnsupportedCheckpointError
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+ADAPTER_CONFIG_NAME: Final = "adapter_config.json"
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 _NUMBERED: Final = re.compile(r"(?P<prefix>.+)-(?P<number>[0-9]+)-of-(?P<total>[0-9]+)\.safetensors")
@@ -68,6 +70,17 @@ def find_weight_files(directory: Path, present: Sequence[str] | None = None) -> 
             "add the index or move the others away"
         )
     return WeightFiles((candidates[0],))
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether ``directory`` is that of an adapter, without the weights of a model beside it."""
+    if not os.path.lexists(directory / ADAPTER_CONFIG_NAME):
+        return False
+    try:
+        find_weight_files(directory)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _read_index(directory: Path) -> WeightFiles:

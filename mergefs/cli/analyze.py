@@ -124,8 +124,9 @@ def _analyze(
 ) -> tuple[dict[str, _Analysed], dict[str, "PlanesWritten"]]:
     """Analyse one target and return what was done to its models and what planes were written, by path."""
     from mergefs.checkpoint import open_checkpoint
-    from mergefs.checkpoint.adapter import is_adapter, open_adapter
+    from mergefs.checkpoint.adapter import open_adapter
     from mergefs.checkpoint.checkpoint import WeightSource
+    from mergefs.checkpoint.weights import is_adapter
     from mergefs.errors import UsageError
     from mergefs.planes.analysis import analyze_planes
     from mergefs.planner.analysis import analyze_family, record_checkpoints

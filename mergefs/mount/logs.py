@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +68,8 @@ def log_directory() -> Path:
             return directory
     except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         pass
+    import tempfile
+
     return Path(tempfile.mkdtemp(prefix="mergefs-log-"))
 
 

@@ -14,6 +14,7 @@ from mergefs.planner.analysis import analyze_family, gather_statistics, record_c
 from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
+from mergefs.planner.everything import select_everything
 from mergefs.planner.identity import asked_identity
 from mergefs.planner.keeping import keep_plan
 from mergefs.planner.layout import lay_out
@@ -21,9 +22,7 @@ from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, FileContent, InputModel, MergePlan, PlanInput, TensorPlan
-from mergefs.planner.prediction.prediction import NOTHING_LEFT_OUT, Prediction
-from mergefs.planner.selection import select_everything
-from mergefs.planner.spending import spend
+from mergefs.planner.prediction.predicted import NOTHING_LEFT_OUT, Prediction
 from mergefs.planner.tensors import TensorPlanner
 from mergefs.planner.tokenizer import plan_tokenizer
 from mergefs.planner.vocabulary import Alignment
@@ -146,6 +145,8 @@ class Planning:
         options, limit = replace(self._options, budget=budget), self.limit(budget)
         tensors, prediction = self.draft.tensors, NOTHING_LEFT_OUT
         if limit is not None:
+            from mergefs.planner.spending import spend  # here, since most plans have no budget
+
             _require_stand_in(self.draft, options)
             self.analyze()
             tensors, prediction = spend(self.draft.tensors, limit, self._workspace)

@@ -5,12 +5,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from mergefs.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from mergefs.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from mergefs.checkpoint.weights import is_adapter
 from mergefs.errors import RecipeError
-from mergefs.planner.adapters import with_adapter
 from mergefs.planner.ancestry import Ancestry, UnreadableProvenanceError, read_ancestry
 from mergefs.planner.configuration import encode_config
 from mergefs.planner.documents import documents
@@ -23,6 +22,9 @@ from mergefs.recipe.references import ModelReference, locate
 from mergefs.recipe.wording import quote
 from mergefs.sources.place import Role, StoredTensor
 from mergefs.statistics.identity import checkpoint_identity, structure_identity
+
+if TYPE_CHECKING:
+    from mergefs.checkpoint.adapter import Adapter
 
 _OF_THE_MERGE_ALONE: Final = ("README.md", "mergefs.json", "mergekit_config.yml", "model.safetensors.index.json")
 
@@ -98,15 +100,19 @@ class ModelOpener:
             self._notes[note] = None
             return None
 
-    def _adapter(self, path: Path) -> Adapter:
+    def _adapter(self, path: Path) -> "Adapter":
         """Open an adapter."""
+        from mergefs.checkpoint.adapter import open_adapter
+
         resolved = path.resolve()
         adapter = self._adapters.get(resolved)
         if adapter is None:
             adapter = self._adapters[resolved] = open_adapter(resolved)
         return adapter
 
-    def _adapted(self, model: InputModel, adapter: Adapter, role: Role) -> InputModel:
+    def _adapted(self, model: InputModel, adapter: "Adapter", role: Role) -> InputModel:
+        from mergefs.planner.adapters import with_adapter
+
         return with_adapter(model, adapter, role, self._workspace.catalog)
 
     def _base_directories(self, recipe: Recipe) -> list[Path]:
@@ -120,7 +126,7 @@ class ModelOpener:
         ]
         return [self._model_of(self._adapter(path), recipe) if is_adapter(path) else path for path in paths]
 
-    def _model_of(self, adapter: Adapter, recipe: Recipe) -> Path:
+    def _model_of(self, adapter: "Adapter", recipe: Recipe) -> Path:
         """Return the directory of the model that an adapter belongs to.
 
         That is the one that it names, by a path (relative to the current directory, the recipe's or the one that the

@@ -12,13 +12,13 @@ from mergefs.errors import CatalogError, PlanError
 from mergefs.methods.registry import method_origin
 from mergefs.planes.coded import known_planes
 from mergefs.planner.build import Draft, Planning
+from mergefs.planner.everything import copied_from_the_base
 from mergefs.planner.identity import IDS, files_identity
 from mergefs.planner.keeping import keep_plan, recorded_selection
 from mergefs.planner.levels import EQUAL, NOTHING, Coded
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, MergePlan, TensorPlan
 from mergefs.planner.plan_ids import asked
-from mergefs.planner.selection import copied_from_the_base
 from mergefs.planner.workspace import Workspace
 from mergefs.progress import Progress
 from mergefs.recipe.definition import Recipe

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.errors import BudgetError
 from mergefs.planner.allocation import allocate
+from mergefs.planner.everything import copied_from_the_base
 from mergefs.planner.levels import Selection
 from mergefs.planner.offering import TensorOffers
 from mergefs.planner.plan import TensorPlan
-from mergefs.planner.stock import all_blocks_differ, deltas_of, stock_of
 from mergefs.planner.strategy import BY_WORTH, Strategy
 from mergefs.sources.place import Role
 from mergefs.statistics.service import StatisticsService
@@ -52,32 +51,9 @@ def select_blocks(
     return SelectionResult(tuple(selected), error)
 
 
-def select_everything(tensors: Sequence[TensorPlan], catalog: Catalog) -> tuple[TensorPlan, ...]:
-    """Return the tensors, all read, but that blocks are not which are known to be the base's, or another input's.
-
-    Nothing needs to be known, and a tensor of which nothing useful is stays without a selection.
-    """
-    return tuple(map(partial(_everything, catalog=catalog), tensors))
-
-
-def _everything(tensor: TensorPlan, catalog: Catalog) -> TensorPlan:
-    """Return the plan of a tensor that reads every byte that differs from the base's, and none twice."""
-    if tensor.context is None or all_blocks_differ(tensor, catalog):
-        return tensor
-    stock = stock_of(tensor, deltas_of(tensor, catalog), catalog)
-    return replace(tensor, selection=stock.everything()) if stock.saves else tensor
-
-
 def _whole(tensor: TensorPlan) -> TensorPlan:
     """Return the plan of a tensor of which everything is read."""
     return replace(tensor, selection=Selection.everything(tensor.grid, len(tensor.places)))
-
-
-def copied_from_the_base(tensor: TensorPlan) -> TensorPlan:
-    """Return the plan of a copied tensor with the stand-in in the place of an expert: all models have it alike."""
-    if tensor.context is not None or tensor.stand_in is None:
-        return tensor
-    return replace(tensor, places=(tensor.stand_in,), roles=(Role.BASE,))
 
 
 def _left_after_necessary(tensors: Sequence[TensorPlan], limit: int) -> int:

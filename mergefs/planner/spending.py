@@ -10,7 +10,8 @@ from typing import Final
 
 from mergefs.planner.allocation import BYTES_OF_A_STEP
 from mergefs.planner.plan import TensorPlan
-from mergefs.planner.prediction.prediction import Prediction, Predictor
+from mergefs.planner.prediction.predicted import Prediction
+from mergefs.planner.prediction.prediction import Predictor
 from mergefs.planner.selection import select_blocks
 from mergefs.planner.strategy import BY_WORTH, Strategy
 from mergefs.planner.workspace import Workspace

@@ -1,7 +1,6 @@
 """Parts of error sentences."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Final
 
 _LONGEST_QUOTE: Final = 120
@@ -21,6 +20,8 @@ def listed(names: Iterable[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that ``name`` is most likely a slip of, or None."""
+    from difflib import get_close_matches  # here, since only those who err need it
+
     if len(name) > _LONGEST_NAME:
         return None
     by_lowercase = {candidate.lower(): candidate for candidate in known}

@@ -1,9 +1,7 @@
 """Gets the merged vocabulary of a recipe: from the catalog, or from a process that builds it with transformers."""
 
-import importlib.metadata
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -124,9 +122,11 @@ def _key(request: Request, models: TokenizerModels) -> bytes:
 
 def _version(library: str) -> str | None:
     """Return the installed version of ``library``, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
+        return version(library)
+    except PackageNotFoundError:
         return None
 
 
@@ -159,6 +159,8 @@ def run_builder(directory: Path) -> str:
 
     Return what the process said last, or how it ended when it said nothing.
     """
+    import subprocess
+
     finished = subprocess.run(
         [sys.executable, "-m", "mergefs.tokenizer"],
         cwd=directory,  # it comes first where Python looks for modules, so it must hold nobody else's

@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from mergefs.catalog.catalog import Catalog, Kept
 from mergefs.catalog.envelope import SOURCE, today
-from mergefs.checkpoint.adapter import is_adapter, open_adapter
+from mergefs.checkpoint.adapter import open_adapter
 from mergefs.checkpoint.checkpoint import WeightSource, open_checkpoint
+from mergefs.checkpoint.weights import is_adapter
 from mergefs.errors import CheckpointError
 from mergefs.sources.place import StoredTensor
 from mergefs.statistics.identity import local_key
