@@ -1,11 +1,7 @@
 """The fused kernels equal the numpy reference bit for bit, for every bit pattern; the reference is the definition."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +17,13 @@ from kernel_inputs import (
     random_inputs,
     seeds,
 )
+from kernel_processes import run_python
 from safetensors.torch import save_file
 
 from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.checkpoint.dtypes import BF16, F16, F32, F64, DType
 from mergefs.engine.compute import convert, run_kernel
-from mergefs.kernels.fused import FUSED_DTYPES, compilation, prepare
+from mergefs.kernels.fused import FUSED_DTYPES, prepare
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.arcee_fusion import ArceeFusion, ArceeFusionCoefficients
 from mergefs.methods.contract import Block, RowValues, TensorContext, Threshold
@@ -57,8 +54,6 @@ from mergefs.sources.place import StoredTensor
 from mergefs.sources.reader import SourceReader
 from mergefs.statistics.pair import TensorPair
 from mergefs.statistics.thresholds import magnitude_histogram
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def masks(dtype: DType) -> st.SearchStrategy[Mask]:
@@ -331,74 +326,6 @@ def test_every_method_names_kernels_that_there_are(name: str) -> None:
     assert bool(METHODS[name].kernels()) == (name != "passthrough")
 
 
-def run_python(code: str, cache: Path, **variables: str) -> str:
-    """Run ``code`` in a process of its own that keeps compiled kernels in ``cache``; return what it prints."""
-    path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": path, **variables}
-    finished = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 def test_the_registry_of_methods_does_not_import_numba(tmp_path: Path) -> None:
     code = "import sys, mergefs.methods.registry, mergefs.engine.compute; print('numba' in sys.modules)"
     assert run_python(code, tmp_path) == "False\n"
-
-
-SLERP_IN_ANOTHER_PROCESS = """
-import numpy as np
-from mergefs.checkpoint.dtypes import BF16
-from mergefs.kernels.fused import prepare, two_factors
-from mergefs.engine.compute import convert, run_kernel
-from mergefs.methods.registry import METHODS
-from mergefs.methods.sce import Sce, SceCoefficients
-from mergefs.methods.slerp import Slerp, SlerpCoefficients
-prepare(["two_factors"], [BF16])
-raw = np.array([0x3F80, 0x4000], dtype=np.uint16).view(np.uint8)
-print(run_kernel(Slerp(), SlerpCoefficients(0, 1, 1.0, 1.0), ((raw, BF16), (raw, BF16)), BF16, BF16, 0).tobytes().hex())
-print("loaded" if two_factors.KERNEL.loaded_from_cache else "compiled")
-"""
-ONE_AND_TWO_DOUBLED = "00408040"
-
-
-def test_the_next_process_loads_what_was_compiled_and_a_damaged_cache_is_compiled_anew(tmp_path: Path) -> None:
-    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "compiled"]
-    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "loaded"]
-    kept = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
-    assert kept
-    for path in kept:
-        path.write_bytes(path.read_bytes()[:100])
-    assert run_python(SLERP_IN_ANOTHER_PROCESS, tmp_path).split() == [ONE_AND_TWO_DOUBLED, "compiled"]
-
-
-def test_without_a_directory_for_the_cache_kernels_are_compiled_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergefs.kernels.fused import two_factors
-
-    def refuse(function: Any) -> Any:
-        raise RuntimeError("cannot cache function: no locator available")
-
-    monkeypatch.setattr(compilation, "_make_cache", refuse)
-    kernel = compilation.Kernel(two_factors._two_factors, two_factors._signature)
-    monkeypatch.setattr(two_factors, "KERNEL", kernel)
-    assert_equals_reference(Slerp(), SlerpCoefficients(0, 1, 0.3, 0.7), random_inputs(1, 2, 100, F32), F32)
-
-
-def test_a_full_disk_leaves_kernels_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba.core.caching import IndexDataCacheFile
-
-    from mergefs.kernels.fused import two_factors
-
-    attempts = []
-
-    def fail(self: Any, key: Any, data: Any) -> None:
-        attempts.append(key)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(IndexDataCacheFile, "save", fail)
-    monkeypatch.setattr(IndexDataCacheFile, "load", lambda self, key: None)
-    kernel = compilation.Kernel(two_factors._two_factors, two_factors._signature)
-    monkeypatch.setattr(two_factors, "KERNEL", kernel)
-    assert_equals_reference(Slerp(), SlerpCoefficients(0, 1, 0.3, 0.7), random_inputs(1, 2, 100, F32), F32)
-    assert attempts

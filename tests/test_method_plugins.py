@@ -247,7 +247,7 @@ def test_a_bug_of_a_foreign_method_is_not_said_to_be_ours(
 
 
 KERNEL = """
-from numba.core import types
+from mergefs.kernels.fused import types
 
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.values import loaded, narrowed, rounded

@@ -1,7 +1,7 @@
 """Kernels compiled by numba that go over the bytes of a block once, bit for bit equal to the numpy reference.
 
-They work where every input is stored in the compute dtype, and the result is. numba is imported when the first kernel
-is asked for and not before.
+They work where every input is stored in the compute dtype, and the result is. numba is imported when a kernel is asked
+for that the disk has no machine code of, and not before.
 """
 
 from __future__ import annotations

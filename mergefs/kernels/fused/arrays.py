@@ -3,11 +3,10 @@
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32, DType
-from mergefs.kernels.fused import FUSED_DTYPES
+from mergefs.kernels.fused import FUSED_DTYPES, types
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.conversion import convert
 from mergefs.kernels.fused.memory import address, empty

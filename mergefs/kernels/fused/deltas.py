@@ -3,11 +3,11 @@
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.deltas import LANES, BlockMeasures, fold_lanes
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.counting import MagnitudeCounts, count_entries, entry_of
 from mergefs.kernels.fused.memory import address, aligned_bytes, empty

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32, DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.memory import addresses, aligned_bytes, empty, empty_result, view
 from mergefs.kernels.fused.values import loaded, narrowed, rounded

@@ -22,7 +22,7 @@ _NOTHING: Final = {dtype.name: np.empty(0, dtype=storage) for dtype, storage in 
 def address(raw: NDArray[Any]) -> np.uint64:
     """Return where the elements of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive.
 
-    Of the very type that signatures have: for a Python integer numba would compile the kernel anew, as a signed one.
+    Of the very type that signatures have.
     """
     if not raw.flags.c_contiguous:
         raise ValueError("a kernel was given bytes that do not lie in one piece")

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, addresses, aligned_bytes, empty
 from mergefs.kernels.fused.values import loaded, rounded

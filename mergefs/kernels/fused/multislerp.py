@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32, DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, addresses, empty
 from mergefs.kernels.fused.values import loaded, narrowed, rounded

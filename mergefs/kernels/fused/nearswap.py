@@ -3,8 +3,8 @@
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.values import loaded, narrowed, rounded
 

@@ -7,10 +7,10 @@ tables are, as in F32, from a radix sort by digits of eleven bits.
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, empty
 from mergefs.kernels.fused.values import loaded, magnitude_key, rounded

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import from_dtype
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import aligned_bytes
 from mergefs.kernels.fused.values import byte_at, loaded, magnitude_bits, narrowed, rounded, signed_like
@@ -272,8 +271,8 @@ def _signature(element: Any) -> Any:
     """Return the signature for one element type."""
     return types.void(
         types.Array(element, 1, "C"),
-        types.Array(from_dtype(_SETTINGS), 1, "C"),
-        types.Array(from_dtype(_EXPERT), 1, "C"),
+        types.Array(types.Record(_SETTINGS), 1, "C"),
+        types.Array(types.Record(_EXPERT), 1, "C"),
         types.Array(types.float32, 2, "C"),
     )
 

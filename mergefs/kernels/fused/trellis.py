@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import address, empty_result
 from mergefs.kernels.fused.values import loaded, narrowed, rounded
@@ -113,17 +113,18 @@ def _decode(
     powers: Any,
     tables: Any,
     lifted: Any,
+    sums: Any,
+    lanes: Any,
 ) -> None:
     """Write base plus delta of cells of ``step`` elements into ``result``; the last may be shorter.
 
     ``base`` is an address. ``places`` (int64) say where in ``records`` the record of each cell begins, ``coded``
     (int64) how many of its elements have bits. A record is the exponent, the scale code of each group of ``group``
     elements, and planes with ``gap`` bytes after each. ``shares`` are the scales of codes, ``powers`` what exponents
-    multiply them by.
+    multiply them by. ``sums`` are ``_TILE`` 16 bit numbers of working memory, four in each uint64, and ``lanes`` the
+    same as uint16.
     """
     base, group, gap, lifted = np.uint64(base), np.uint64(group), np.uint64(gap), np.int32(lifted)
-    sums = np.empty(_TILE // _LANES, dtype=np.uint64)
-    lanes = sums.view(np.uint16)
     for cell in range(places.size):
         first = np.uint64(cell) * np.uint64(step)
         stop = min(first + np.uint64(step), np.uint64(result.size))
@@ -168,6 +169,8 @@ def _signature(element: Any) -> Any:
         singles,
         types.Array(types.uint64, 2, "C"),
         types.int64,
+        types.Array(types.uint64, 1, "C"),
+        types.Array(types.uint16, 1, "C"),
     )
 
 
@@ -221,7 +224,7 @@ def decode(
     ``base`` are the bytes of ``dtype`` of all cells. A scale is the one of ``shares`` that its code names, times the
     one of ``powers`` that the exponent of the cell names.
     """
-    result = empty_result(base, dtype)
+    result, sums = empty_result(base, dtype), np.empty(_TILE // _LANES, dtype=np.uint64)
     KERNEL.compiled(dtype)(
         result,
         address(base),
@@ -236,6 +239,8 @@ def decode(
         powers,
         tables.windows,
         int(tables.lifted[records.planes - 1]),
+        sums,
+        sums.view(np.uint16),
     )
     decoded: Raw = result.view(np.uint8)
     return decoded

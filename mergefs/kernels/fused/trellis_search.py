@@ -6,9 +6,9 @@ Only sums, products and comparisons of single elements are used, in one order: e
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.trellis import STATE_BITS, STATES, STEP, stream_bytes
 
@@ -23,17 +23,27 @@ _STEP: Final = np.float32(STEP)
 
 
 def _search(
-    stream: Any, sums: Any, targets: Any, ends: Any, scales: Any, book: Any, states: Any, decisions: Any
+    stream: Any,
+    sums: Any,
+    targets: Any,
+    ends: Any,
+    scales: Any,
+    book: Any,
+    states: Any,
+    decisions: Any,
+    costs: Any,
+    halves: Any,
 ) -> None:
     """Write the bits of one plane into ``stream``, which is zero, and add its values to ``sums`` (int32).
 
     ``targets`` (float32) are the deltas of the elements; those up to ``ends[i]`` are of a group of ``scales[i]``.
-    ``states`` is uint8 of ``_RUN`` elements, ``decisions`` uint8 of ``_RUN`` rows of ``_HALF``.
+    ``states`` is uint8 of ``_RUN`` elements, ``decisions`` uint8 of ``_RUN`` rows of ``_HALF``,
+    ``costs`` float32 of ``STATES`` and ``halves`` float32 of three rows of ``_HALF``: all of it is working memory.
     """
     size = np.uint64(targets.size)
-    costs = np.zeros(STATES, dtype=np.float32)
-    cheaper = np.empty(_HALF, dtype=np.float32)
-    low, high = np.empty(_HALF, dtype=np.float32), np.empty(_HALF, dtype=np.float32)
+    cheaper, low, high = halves[0], halves[1], halves[2]
+    for j in range(STATES):
+        costs[j] = np.float32(0)
     group, end, scale = 0, np.uint64(0), np.float32(0)
     first = np.uint64(0)
     while first < size:
@@ -94,6 +104,8 @@ def _signature() -> Any:
         types.Array(types.int16, 1, "C"),
         octets,
         types.Array(types.uint8, 2, "C"),
+        singles,
+        types.Array(types.float32, 2, "C"),
     )
 
 
@@ -106,6 +118,8 @@ class Search:
     def __init__(self) -> None:
         self._states: NDArray[np.uint8] = np.empty(_RUN, dtype=np.uint8)
         self._decisions: NDArray[np.uint8] = np.empty((_RUN, _HALF), dtype=np.uint8)
+        self._costs: NDArray[np.float32] = np.empty(STATES, dtype=np.float32)
+        self._halves: NDArray[np.float32] = np.empty((3, _HALF), dtype=np.float32)
 
     def plane(
         self,
@@ -121,5 +135,6 @@ class Search:
         by a power of two that makes the largest scale about one.
         """
         stream: NDArray[np.uint8] = np.zeros(stream_bytes(targets.size), dtype=np.uint8)
-        KERNEL.compiled()(stream, sums, targets, ends, scales, book, self._states, self._decisions)
+        working = self._states, self._decisions, self._costs, self._halves
+        KERNEL.compiled()(stream, sums, targets, ends, scales, book, *working)
         return stream

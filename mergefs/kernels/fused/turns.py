@@ -3,10 +3,10 @@
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import F32
+from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel
 from mergefs.kernels.fused.memory import address, empty
 from mergefs.kernels.fused.values import loaded

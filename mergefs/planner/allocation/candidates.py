@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mergefs.kernels.fused.compilation import inlined
+from mergefs.kernels.fused.marks import inlined
 
 EXACT_ITEMS = 8
 """Up to so many items that are bought whole or not at all every set of them is looked at."""

@@ -3,9 +3,10 @@
 from typing import Any, Final
 
 import numpy as np
-from numba.core import types
 
-from mergefs.kernels.fused.compilation import Kernel, inlined
+from mergefs.kernels.fused import types
+from mergefs.kernels.fused.marks import inlined
+from mergefs.kernels.fused.returning import ReturningKernel
 from mergefs.planner.allocation.candidates import Terms, candidates, find_hull, gather_items, scratch, write_state
 
 NOTHING_FITS: Final = -1
@@ -233,11 +234,11 @@ _OFFER: Final = (
 )
 _INTEGERS: Final = _array(types.int64, 1)
 
-TENSOR_CHAINS: Final = Kernel(_tensor_chains, lambda: _OFFER)
-CELL_CANDIDATES: Final = Kernel(_cell_candidates, lambda: (*_OFFER, types.int64))
-FILL: Final = Kernel(
+TENSOR_CHAINS: Final = ReturningKernel(_tensor_chains, _OFFER)
+CELL_CANDIDATES: Final = ReturningKernel(_cell_candidates, (*_OFFER, types.int64))
+FILL: Final = ReturningKernel(
     _fill,
-    lambda: (
+    (
         _INTEGERS,
         types.int64,
         _read_only(types.float64),
@@ -250,4 +251,4 @@ FILL: Final = Kernel(
         types.float64,
     ),
 )
-COSINES: Final = Kernel(_cosines, lambda: (_array(types.int8, 3),))
+COSINES: Final = ReturningKernel(_cosines, (_array(types.int8, 3),))
