@@ -3,7 +3,8 @@
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,42 @@ class Engine:
             )
             position = begin + stop
 
+    def header_size(self, name: str) -> int:
+        """Return the bytes of a weight file before its first tensor."""
+        return len(self._files[name].header)
+
+    def block_end(self, name: str, position: int) -> int:
+        """Return where the block ends that has the byte at ``position`` of a weight file; the header is one, too."""
+        file = self._files[name]
+        if position < len(file.header):
+            return len(file.header)
+        tensor, begin = self._tensor_at(file, position)
+        step = tensor.grid.step * tensor.dtype.itemsize
+        return begin + min(((position - begin) // step + 1) * step, tensor.nbytes)
+
+    def tensor_end(self, name: str, position: int) -> int:
+        """Return where the tensor ends that has the byte at ``position`` of a weight file; in the header, its end."""
+        file = self._files[name]
+        if position < len(file.header):
+            return len(file.header)
+        tensor, begin = self._tensor_at(file, position)
+        return begin + tensor.nbytes
+
+    def compute_ahead(self, name: str, position: int) -> None:
+        """Have the block that has the byte at ``position`` of a weight file in the cache before anybody asks for it.
+
+        One that is a copy of a source's needs no computing, and is left to who reads it.
+        """
+        file = self._files[name]
+        if position < len(file.header):
+            return
+        tensor, begin = self._tensor_at(file, position)
+        block = (position - begin) // (tensor.grid.step * tensor.dtype.itemsize)
+        if _is_copied(tensor, block):
+            return
+        self.prepare_tensor(tensor.name)
+        self._resources.cache.prepare(self._key(tensor, block), partial(self._reserved, tensor, block, Purpose.EXPERT))
+
     def check_sources(self) -> None:
         """Raise SourceChangedError when a source is no longer what the plan was made from."""
         check_unchanged(file for source in self.plan.sources for file in source.checked_files)
@@ -163,16 +200,22 @@ class Engine:
         """
         self.prepare_tensor(tensor.name)
 
-        def compute() -> Raw:
-            if self._nested:
-                return self._compute(tensor, block, purpose)
-            with self._resources.room.reserve(_working_bytes(tensor)):
-                return self._compute(tensor, block, purpose)
+        compute = partial(self._reserved, tensor, block, purpose)
+        return self._resources.cache.get(self._key(tensor, block), compute) if kept else compute()
 
-        if not kept:
-            return compute()
-        # Not the same block for both: one who holds memory would wait for another who waits for that memory.
-        return self._resources.cache.get((self.plan.plan_id, self._nested, tensor.name, block), compute)
+    def _key(self, tensor: TensorPlan, block: int) -> Hashable:
+        """Return what the cache knows a block by.
+
+        Not the same for a nested engine: one who holds memory would wait for another who waits for that memory.
+        """
+        return self.plan.plan_id, self._nested, tensor.name, block
+
+    def _reserved(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+        """Compute one block in memory that is reserved for it."""
+        if self._nested:
+            return self._compute(tensor, block, purpose)
+        with self._resources.room.reserve(_working_bytes(tensor)):
+            return self._compute(tensor, block, purpose)
 
     def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Compute one block from the bytes that are bought."""
@@ -229,6 +272,11 @@ class Engine:
             if not is_finite(self._inputs.bytes_at(part, tensor, block, Purpose.ANALYSIS), part.dtype):
                 return self._origin_of_non_finite(part, tensor, block)
         return place
+
+
+def _is_copied(tensor: TensorPlan, block: int) -> bool:
+    """Return whether a block is that of a source as it is, and no kernel runs for it."""
+    return tensor.method is None or (tensor.selection is not None and not tensor.selection.computed[block])
 
 
 def _working_bytes(tensor: TensorPlan) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
 from mergefs.engine.engine import Engine
+from mergefs.engine.file_blocks import FileBlocks
 from mergefs.engine.resources import Resources
 from mergefs.engine.shortage import despite_shortage
 from mergefs.planner.documents import documents
@@ -63,6 +64,10 @@ class ModelFiles:
     def is_merged(self, name: str) -> bool:
         """Return whether ``name`` is a weight file."""
         return isinstance(self._contents[name], _Merged)
+
+    def blocks(self, name: str) -> FileBlocks | None:
+        """Return what can be computed ahead of a file's readers; None where nothing is computed."""
+        return FileBlocks(self.engine, name, self.sizes[name]) if self.is_merged(name) else None
 
     def check(self, name: str) -> None:
         """Raise SourceChangedError when the file can no longer be read as it was planned."""

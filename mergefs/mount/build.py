@@ -16,6 +16,7 @@ from mergefs.mount.background import Background
 from mergefs.mount.live import LiveTree
 from mergefs.mount.models import ModelTree
 from mergefs.mount.reach import refuse_models_inside
+from mergefs.mount.reading_ahead import ReadingAhead
 from mergefs.mount.recipe_files import expand_recipes
 from mergefs.mount.serving_catalog import ServingCatalog
 from mergefs.mount.tree import Tree
@@ -59,7 +60,7 @@ def build_tree(
     limit_arenas()
     catalog = ServingCatalog(options.catalog or default_location())
     resources = Workspace.create(catalog, options.cache_size, options.verify_reads)
-    builder = _Builder(options, resources, progress or Silence())
+    builder = _Builder(options, resources, progress or Silence(), ReadingAhead(options.cache_size))
     try:
         rooted = len(recipes) == 1 and not recipes[0].is_dir()
         tree = builder.rooted(recipes[0]) if rooted else builder.live(recipes)
@@ -77,11 +78,12 @@ class _Builder:
     options: BuildOptions
     resources: Workspace
     progress: Progress
+    ahead: ReadingAhead
     background: Background = field(default_factory=Background)
 
     def rooted(self, recipe: Path) -> ModelTree:
         """Return the tree of one model."""
-        return self._accompanied(ModelTree(self._planned(recipe), self.resources, self._close))
+        return self._accompanied(ModelTree(self._planned(recipe), self.resources, self.ahead, self._close))
 
     def live(self, recipes: tuple[Path, ...]) -> LiveTree:
         """Return the tree of several recipes.
@@ -100,7 +102,7 @@ class _Builder:
                 refuse_models_inside(self.options.mountpoint, recipe)
             return self._files(make_plan(recipe, options, self.resources, gather=False), Silence())
 
-        tree = LiveTree(recipes, plan, self.resources, time.time_ns(), self._close)
+        tree = LiveTree(recipes, plan, self.resources, self.ahead, time.time_ns(), self._close)
         named = {path for path in recipes if not path.is_dir()}
         expand_recipes(recipes)
         for path in named:
@@ -150,6 +152,7 @@ class _Builder:
 
     def _close(self) -> None:
         """Release everything."""
+        self.ahead.close()  # first, since what it has read is recorded, too
         self.background.end()
         self.resources.close()
 

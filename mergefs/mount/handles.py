@@ -3,26 +3,39 @@
 import errno
 import threading
 from collections import Counter
+from dataclasses import dataclass
 
-from mergefs.mount.shown import ReadRange, ShownDirectory
+from mergefs.mount.reading_ahead import ReadingAhead, WatchedFile
+from mergefs.mount.shown import Opened, ShownDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    """An open file of ``directory``; ``watched`` where something can be computed ahead of its readers."""
+
+    directory: ShownDirectory
+    opened: Opened
+    watched: WatchedFile | None
 
 
 class Handles:
     """Numbers for open files. Safe to share between threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: ReadingAhead) -> None:
+        self._ahead = ahead
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[ShownDirectory, ReadRange]] = {}
+        self._open: dict[int, _Handle] = {}
         self._users: Counter[int] = Counter()
         self._next = 1
 
     def open(self, directory: ShownDirectory, path: str) -> int:
         """Open the file ``path`` of ``directory`` and return a handle for it."""
-        read = directory.open(path)
+        opened = directory.open(path)
+        watched = None if opened.blocks is None else self._ahead.watch(opened.blocks)
         with self._lock:
             handle = self._next
             self._next += 1
-            self._open[handle] = (directory, read)
+            self._open[handle] = _Handle(directory, opened, watched)
             self._users[id(directory)] += 1
         return handle
 
@@ -31,14 +44,18 @@ class Handles:
         found = self._open.get(handle)
         if found is None:
             raise OSError(errno.EBADF, "no such handle")
-        return found[1](offset, size)
+        if found.watched is not None and 0 <= offset < found.opened.size and size > 0:
+            found.watched.reads(offset, min(size, found.opened.size - offset))
+        return found.opened.read(offset, size)
 
     def release(self, handle: int) -> None:
         """Give ``handle`` back."""
         with self._lock:
             found = self._open.pop(handle, None)
             if found is not None:
-                self._users -= Counter((id(found[0]),))
+                self._users -= Counter((id(found.directory),))
+        if found is not None and found.watched is not None:
+            found.watched.close()
 
     def in_use(self, directory: ShownDirectory) -> bool:
         """Return whether some file of ``directory`` is open."""

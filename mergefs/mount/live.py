@@ -11,6 +11,7 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import Resources
 from mergefs.mount.handles import Handles
 from mergefs.mount.models import sources_of, status_of
+from mergefs.mount.reading_ahead import ReadingAhead
 from mergefs.mount.shelf import PlanRecipe, Shelf
 from mergefs.mount.shown import ModelDirectory, ShownDirectory, inode_of
 from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
@@ -27,7 +28,8 @@ class LiveTree:
 
     An edited recipe is another plan and so another directory with other inodes: who reads the old one goes on. A
     recipe that cannot be planned is a directory with a file that says why. ``NAME@CHANGES`` is a variant of the recipe
-    NAME; it is made when somebody looks it up and is not listed. ``on_close`` runs once everything has been released.
+    NAME; it is made when somebody looks it up and is not listed. What is computed ahead of readers, ``ahead`` decides.
+    ``on_close`` runs once everything has been released.
     """
 
     def __init__(
@@ -35,10 +37,11 @@ class LiveTree:
         recipes: Sequence[Path],
         plan: PlanRecipe,
         resources: Resources,
+        ahead: ReadingAhead,
         created_ns: int,
         on_close: Callable[[], None],
     ) -> None:
-        self._handles = Handles()
+        self._handles = Handles(ahead)
         self.shelf = Shelf(recipes, plan, self._handles.in_use)
         self._resources = resources
         self._created_ns = created_ns

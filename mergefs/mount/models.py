@@ -9,6 +9,7 @@ from pathlib import Path
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import Resources
 from mergefs.mount.handles import Handles
+from mergefs.mount.reading_ahead import ReadingAhead
 from mergefs.mount.shown import ModelDirectory
 from mergefs.mount.tree import STATUS_ATTRIBUTE, Attributes
 from mergefs.planner.plan_ids import PLAN_ID_ATTRIBUTE
@@ -17,14 +18,16 @@ from mergefs.planner.plan_ids import PLAN_ID_ATTRIBUTE
 class ModelTree:
     """A ``mergefs.mount.tree.Tree`` whose root is the directory of one model.
 
-    ``on_close`` runs once everything has been released.
+    What is computed ahead of readers, ``ahead`` decides. ``on_close`` runs once everything has been released.
     """
 
-    def __init__(self, files: ModelFiles, resources: Resources, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, files: ModelFiles, resources: Resources, ahead: ReadingAhead, on_close: Callable[[], None]
+    ) -> None:
         self._directory = ModelDirectory(files)
         self._resources = resources
         self._on_close = on_close
-        self._handles = Handles()
+        self._handles = Handles(ahead)
 
     @property
     def models(self) -> tuple[ModelFiles, ...]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final
 
 from mergefs.errors import MountError
-from mergefs.mount import bindings
+from mergefs.mount import bindings, kernel_window
 from mergefs.mount.adapter import TreeOperations
 from mergefs.mount.mountinfo import FILESYSTEM, find_mount
 from mergefs.mount.tree import Tree
@@ -114,6 +114,8 @@ class _Announcer(threading.Thread):
         except OSError as error:
             if not self._over.is_set():
                 raise MountError(f"the mount on {self._mountpoint} does not answer: {error.strerror}") from error
+            return
+        kernel_window.widen(entry.device)  # not before it has answered: the kernel sets its own as that begins
 
     def finish(self) -> None:
         """Say that the session is over, and wait for the thread."""

@@ -2,17 +2,29 @@
 
 import errno
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from blake3 import blake3
 
 from mergefs.engine.model_files import ModelFiles
+from mergefs.mount.reading_ahead import FileBlocks
 from mergefs.mount.tree import Attributes
 
 ERROR_FILE: Final = "ERROR.txt"
 
 ReadRange = Callable[[int, int], bytes]
 """Returns the bytes of a file from an offset, so many of them; fewer only where the file ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """How to read a file of ``size`` bytes, and what of it can be computed ahead of its readers, if anything."""
+
+    read: ReadRange
+    size: int
+    blocks: FileBlocks | None = None
 
 
 class ShownDirectory(Protocol):
@@ -24,7 +36,7 @@ class ShownDirectory(Protocol):
     def entries(self, path: str) -> Sequence[str]:
         """Return the names in the directory ``path``; NotADirectoryError on a file."""
 
-    def open(self, path: str) -> ReadRange:
+    def open(self, path: str) -> Opened:
         """Check that the file ``path`` can be read to its end, and return how."""
 
     @property
@@ -97,11 +109,11 @@ class ModelDirectory:
         """Return the names in the directory ``path``."""
         return self._names.entries(path)
 
-    def open(self, path: str) -> ReadRange:
+    def open(self, path: str) -> Opened:
         """Check the sources of the file ``path`` and return how to read it."""
         self._names.require_file(path)
         self.files.check(path)
-        return lambda offset, size: self.files.read(path, offset, size)
+        return Opened(partial(self.files.read, path), self.files.sizes[path], self.files.blocks(path))
 
 
 class ErrorDirectory:
@@ -130,10 +142,10 @@ class ErrorDirectory:
         """Return the name of the file."""
         return self._names.entries(path)
 
-    def open(self, path: str) -> ReadRange:
+    def open(self, path: str) -> Opened:
         """Return how to read the file."""
         self._names.require_file(path)
-        return lambda offset, size: self._content[offset : offset + size]
+        return Opened(lambda offset, size: self._content[offset : offset + size], len(self._content))
 
 
 def inode_of(owner: str, path: str) -> int:

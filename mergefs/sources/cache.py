@@ -67,6 +67,17 @@ class BlockCache:
             self._hits += not mine
         return self._fulfil(key, promise, compute, self._keep) if mine else promise.result()
 
+    def prepare(self, key: Hashable, compute: Callable[[], Raw]) -> None:
+        """Have the block of ``key`` kept before anybody asks for it, unless it is, or is being computed.
+
+        It is no look-up. An error of ``compute`` reaches the caller, and who asks for the block meanwhile.
+        """
+        with self._lock:
+            if key in self._blocks or key in self._under_way:
+                return
+            promise, _ = self._claim(key)
+        self._fulfil(key, promise, compute, self._keep)
+
     def get_source(self, key: Hashable, read: Callable[[], Raw], users: int) -> Raw:
         """Return a block of a source that ``users`` want once each, as ``get`` does; it goes when all have had it.
 
