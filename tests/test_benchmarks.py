@@ -21,6 +21,7 @@ from bench.families import SHARES, Family, make_family
 from bench.markdown import at_least, at_most
 from bench.page import BEGIN, END, with_measured
 from bench.processes import Taken, measured
+from bench.processes import environment as programs_environment
 from bench.recipes import DENSITY
 from bench.results import Checked, Results
 from bench.rounds import Patience, Row, Way, run_row
@@ -161,6 +162,16 @@ def test_the_memory_of_a_command_is_its_own_and_not_that_of_whoever_measures() -
     assert 2**20 < taken.peak_bytes < 64 * 2**20 < len(held)
     large = measured([sys.executable, "-I", "-S", "-c", "x = b'x' * (128 * 2**20)"], dict(os.environ))
     assert large.peak_bytes > 128 * 2**20
+
+
+def test_programs_are_measured_with_the_byte_code_that_they_have_when_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "program.py").write_text("answer = 42")
+    variables = programs_environment(tmp_path) | {"PYTHONPATH": str(tmp_path)}
+    measured([sys.executable, "-c", "import program"], variables)
+    assert list(tmp_path.glob("__pycache__/program.*.pyc"))
 
 
 def test_files_are_taken_out_of_the_page_cache_unharmed(made: Family) -> None:

@@ -85,7 +85,10 @@ def timed(arguments: Sequence[str | Path], variables: Mapping[str, str]) -> floa
 def environment(directory: Path) -> dict[str, str]:
     """Return an environment without a network, where mergefs is importable and keeps everything below ``directory``."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {
+    # Programs are measured as they are when they are installed, and then their byte code lies beside them. Where Python
+    # is told not to keep it, a checkout would be compiled anew at every start, and its peers in site-packages would not.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {
         "PYTHONPATH": path,
         "MERGEFS_CATALOG": str(directory / "catalog"),
         "XDG_STATE_HOME": str(directory / "state"),
