@@ -37,7 +37,8 @@ ONLY_FOR: Final = {
     "budgets": ("mergefs.planner.spending", "mergefs.planner.selection", "mergefs.planner.prediction.prediction"),
     "adapters": ("mergefs.checkpoint.adapter", "mergefs.planner.adapters", "mergefs.sources.adapted"),
     "numbers in quotes": ("pydantic",),
-    "mistakes": ("difflib",),
+    "mistakes": ("difflib", "mergefs.methods.karcher"),
+    "other methods": ("mergefs.methods.linear", "mergefs.methods.slerp", "mergefs.methods.sce"),
     "tables": ("rich",),
     "merged tokenizers": ("importlib.metadata", "subprocess"),
 }

@@ -4,57 +4,65 @@ A new built-in method is its own file and one line here. Other packages are look
 in, and to list them all; a built-in method is never replaced.
 """
 
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mergefs.errors import MethodError
-from mergefs.methods.arcee_fusion import ArceeFusion
 from mergefs.methods.contract import Method, Specification
-from mergefs.methods.karcher import Karcher
-from mergefs.methods.linear import Linear
-from mergefs.methods.model_stock import ModelStock
-from mergefs.methods.multislerp import Multislerp
-from mergefs.methods.nearswap import NearSwap
-from mergefs.methods.nuslerp import Nuslerp
-from mergefs.methods.passthrough import Passthrough
 from mergefs.methods.plugins import Origin, Plugin, load, plugins
-from mergefs.methods.ram import Ram, RamPlus
-from mergefs.methods.sce import Sce
-from mergefs.methods.slerp import Slerp
-from mergefs.methods.task_vector import (
-    BREADCRUMBS,
-    BREADCRUMBS_TIES,
-    DARE_LINEAR,
-    DARE_TIES,
-    DELLA,
-    DELLA_LINEAR,
-    TASK_ARITHMETIC,
-    TIES,
-)
 
-_METHODS: Final[tuple[Method[Any], ...]] = (
-    Linear(),
-    Slerp(),
-    Nuslerp(),
-    Multislerp(),
-    Karcher(),
-    TASK_ARITHMETIC,
-    TIES,
-    DARE_LINEAR,
-    DARE_TIES,
-    BREADCRUMBS,
-    BREADCRUMBS_TIES,
-    DELLA,
-    DELLA_LINEAR,
-    Sce(),
-    ModelStock(),
-    NearSwap(),
-    Ram(),
-    RamPlus(),
-    ArceeFusion(),
-    Passthrough(),
-)
-METHODS: Final[dict[str, Method[Any]]] = {method.specification.name: method for method in _METHODS}
+_PLACES: Final[Mapping[str, tuple[str, str]]] = {
+    "linear": ("linear", "Linear"),
+    "slerp": ("slerp", "Slerp"),
+    "nuslerp": ("nuslerp", "Nuslerp"),
+    "multislerp": ("multislerp", "Multislerp"),
+    "karcher": ("karcher", "Karcher"),
+    "task_arithmetic": ("task_vector", "TASK_ARITHMETIC"),
+    "ties": ("task_vector", "TIES"),
+    "dare_linear": ("task_vector", "DARE_LINEAR"),
+    "dare_ties": ("task_vector", "DARE_TIES"),
+    "breadcrumbs": ("task_vector", "BREADCRUMBS"),
+    "breadcrumbs_ties": ("task_vector", "BREADCRUMBS_TIES"),
+    "della": ("task_vector", "DELLA"),
+    "della_linear": ("task_vector", "DELLA_LINEAR"),
+    "sce": ("sce", "Sce"),
+    "model_stock": ("model_stock", "ModelStock"),
+    "nearswap": ("nearswap", "NearSwap"),
+    "ram": ("ram", "Ram"),
+    "ramplus_tl": ("ram", "RamPlus"),
+    "arcee_fusion": ("arcee_fusion", "ArceeFusion"),
+    "passthrough": ("passthrough", "Passthrough"),
+}
+"""For each built-in method its module, and what it is called there: the method itself, or its class."""
+
+
+class _BuiltIn(Mapping[str, Method[Any]]):
+    """The built-in methods by name. Each is imported when it is looked at: a recipe needs one of them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Method[Any]] = {}
+
+    def __getitem__(self, name: str) -> Method[Any]:
+        if name not in self._made:
+            module, attribute = _PLACES[name]
+            found = getattr(importlib.import_module(f"mergefs.methods.{module}"), attribute)
+            # Of threads that come at the same time all get the same.
+            self._made.setdefault(name, found() if isinstance(found, type) else found)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _PLACES
+
+
+METHODS: Final[Mapping[str, Method[Any]]] = _BuiltIn()
 """The built-in methods. To find a method that a recipe names, use ``find_method``, which knows all of them."""
 
 

@@ -142,7 +142,7 @@ def _recipe(document: TableItem, text: str, origin: str, directories: tuple[Path
     """Return the recipe of one document, without those that it may refer to."""
     if document.get("merge_method") is not None:
         _method(document)  # a method that is not known explains keys that are not known either
-    check_keys(document, _KEYS, misplaced.IN_RECIPES, "a recipe")
+    check_keys(document, _KEYS, misplaced.in_recipes, "a recipe")
     method = _method(document)
     base_entry = document.get("base_model")
     base = None if base_entry is None else read_reference(base_entry)

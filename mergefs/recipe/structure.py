@@ -66,7 +66,7 @@ class StructureReader:
             raise table.place.error(
                 f"module {quote(entry.key)} must be a mapping, not {describe(table)}; give it 'models' or 'slices'"
             )
-        check_keys(table, _MODULE_KEYS, misplaced.IN_MODULES, "a module")
+        check_keys(table, _MODULE_KEYS, misplaced.in_modules, "a module")
         parameters = read_settings(table.get("parameters"), self._method, None)
         present = [found for key in ("models", "slices") if (found := table.get(key)) is not None and not _empty(found)]
         if len(present) != 1:
@@ -95,7 +95,7 @@ class StructureReader:
     def _slice(self, item: Item, outer: tuple[Settings, ...]) -> OutputSlice:
         if not isinstance(item, TableItem):
             raise item.place.error(f"a slice must be a mapping, not {describe(item)}; write `- sources: [...]`")
-        check_keys(item, _SLICE_KEYS, misplaced.IN_SLICES, "a slice")
+        check_keys(item, _SLICE_KEYS, misplaced.in_slices, "a slice")
         _check_residual_weight(item.get("residual_weight"))
         entry = item.get("sources")
         if entry is None or not isinstance(entry.value, SequenceItem) or not entry.value.items:
@@ -124,7 +124,7 @@ class StructureReader:
             check_keys(
                 item,
                 keys,
-                misplaced.IN_MODELS if whole else misplaced.IN_SOURCES,
+                misplaced.in_models if whole else misplaced.in_sources,
                 "a model's entry" if whole else what,
             )
             model_entry = item.get("model")

@@ -86,7 +86,7 @@ def environment(directory: Path) -> dict[str, str]:
     """Return an environment without a network, where mergefs is importable and keeps everything below ``directory``."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Programs are measured as they are when they are installed, and then their byte code lies beside them. Where Python
-    # is told not to keep it, a checkout would be compiled anew at every start, and its peers in site-packages would not.
+    # is told not to keep it, a checkout would be compiled at every start, and its peers in site-packages would not.
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return inherited | {
         "PYTHONPATH": path,
