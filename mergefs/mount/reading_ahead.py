@@ -159,16 +159,17 @@ class WatchedFile:
         self._lock = threading.Lock()
         self._reads = SequentialReads()
         self._counted = 0
+        self._last: Run | None = None
 
     def reads(self, offset: int, size: int) -> None:
         """Take in that a range, which lies in the file, is being read; let what follows be computed if it is due."""
         with self._lock:
             run = self._reads.take(offset, size)
-            if run is None and not self._counted:
-                return
             if run is not None and run.end >= self._blocks.size:
                 run.over = True
-            self._count(self._reads.sequential)
+            if run is not self._last or (run is not None and run.over):  # else nothing has changed but places
+                self._last = run
+                self._count(self._reads.sequential)
             if run is not None and not run.over:
                 self._extend(run)
 
@@ -189,12 +190,11 @@ class WatchedFile:
 
         The window begins small, and doubles each time: who stops early leaves little that was computed in vain.
         """
-        largest = self._ahead.window()
-        if run.asked - run.end > min(run.window, largest) // 2:
+        lead = run.asked - run.end
+        if lead > run.window // 2:
             return
-        if run.asked > run.end:
-            run.window *= 2
-        run.window = window = min(run.window, largest)
+        largest = self._ahead.window()
+        run.window = window = min(2 * run.window if lead > 0 else run.window, largest)
         reach = self._blocks.reach(run.begin, run.end)
         begin = max(run.asked, self._blocks.end_of(run.end - 1))
         position, wanted = begin, []
