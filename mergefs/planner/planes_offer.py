@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Final
 
-from mergefs.planes.assumed import AssumedPlanes
-from mergefs.planes.coded import can_have_planes
 from mergefs.planner.plan import MergePlan
 from mergefs.planner.stock import deltas_of
 from mergefs.planner.strategy import Strategy
@@ -37,7 +35,10 @@ def planes_offer(plan: MergePlan, workspace: Workspace) -> PlanesOffer | None:
     tensors = tuple(plan.tensors.values())
     if limit is None or plan.outcome.predicted_relative_error == 0 or any(tensor.coded for tensor in tensors):
         return None
-    from mergefs.planner.selection import select_blocks  # here, since most plans have no budget
+    # Here, since most plans have no budget.
+    from mergefs.planes.assumed import AssumedPlanes
+    from mergefs.planes.coded import can_have_planes
+    from mergefs.planner.selection import select_blocks
     from mergefs.planner.spending import MOST_ITEMS, items
 
     nbytes = elements = 0

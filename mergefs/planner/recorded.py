@@ -10,7 +10,6 @@ from mergefs import __version__
 from mergefs.catalog.records import PlanEntryRecord, PlanRecord
 from mergefs.errors import CatalogError, PlanError
 from mergefs.methods.registry import method_origin
-from mergefs.planes.coded import known_planes
 from mergefs.planner.build import Draft, Planning
 from mergefs.planner.everything import copied_from_the_base
 from mergefs.planner.identity import IDS, files_identity
@@ -102,6 +101,8 @@ def _planes(tensor: TensorPlan, record: PlanRecord, workspace: Workspace) -> tup
     """Return the planes of every expert's delta; where some are needed and gone, the id tells."""
     if tensor.stand_in is None:
         return ()
+    from mergefs.planes.coded import known_planes
+
     return tuple(
         known_planes(place, tensor.stand_in, tensor.compute, workspace.catalog) if role is Role.EXPERT else None
         for place, role in zip(tensor.places, tensor.roles, strict=True)

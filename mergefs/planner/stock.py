@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import ContentRecord
-from mergefs.planes.assumed import AssumedPlanes
-from mergefs.planes.coded import CodedDelta, can_have_planes, known_planes
 from mergefs.planner.levels import EQUAL, NOTHING, WHOLE, Coded, Selection, own_bytes
 from mergefs.planner.plan import TensorPlan
 from mergefs.planner.strategy import WITHOUT_PLANES, Strategy
@@ -18,7 +17,11 @@ from mergefs.sources.place import Place, Role, StoredTensor
 from mergefs.statistics.blocks import HASH_BYTES, BlockDeltas, known_deltas
 from mergefs.statistics.identity import local_key
 
-Planes = CodedDelta | AssumedPlanes
+if TYPE_CHECKING:
+    from mergefs.planes.assumed import AssumedPlanes
+    from mergefs.planes.coded import CodedDelta
+
+    Planes: TypeAlias = CodedDelta | AssumedPlanes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +39,7 @@ class Stock:
     givers: NDArray[np.int16]
     divisible: NDArray[np.bool_]
     experts: NDArray[np.bool_]
-    coded: tuple[Planes | None, ...]
+    coded: "tuple[Planes | None, ...]"
     cell: int
 
     @property
@@ -82,6 +85,8 @@ class Stock:
         partly = ((selection.levels != NOTHING) & (selection.levels < EQUAL)).any(axis=1)
         if not partly.any():
             return ()
+        from mergefs.planes.coded import CodedDelta
+
         real = (coded if isinstance(coded, CodedDelta) else None for coded in self.coded)
         return tuple(coded if some else None for coded, some in zip(real, partly, strict=True))
 
@@ -160,15 +165,20 @@ def stock_of(
     )
 
 
-def _assumed(tensor: TensorPlan, place: Place, known: BlockDeltas | None, strategy: Strategy) -> Planes | None:
+def _assumed(tensor: TensorPlan, place: Place, known: BlockDeltas | None, strategy: Strategy) -> "Planes | None":
     """Return what the planes of an input would be, None where it can have none."""
+    from mergefs.planes.assumed import AssumedPlanes
+    from mergefs.planes.coded import can_have_planes
+
     if known is None or not can_have_planes(place, tensor.stand_in):
         return None
     return AssumedPlanes.of(tensor.shape, known.squared_norms, strategy.assumed_planes)
 
 
-def _coded(tensor: TensorPlan, catalog: Catalog) -> tuple[CodedDelta | None, ...]:
+def _coded(tensor: TensorPlan, catalog: Catalog) -> "tuple[CodedDelta | None, ...]":
     """Return the planes of every expert; none where some expert's tensor is not stored and so has no cells."""
+    from mergefs.planes.coded import known_planes
+
     stand_in = tensor.stand_in
     if stand_in is None or not all(isinstance(place, StoredTensor) for place in tensor.places):
         return (None,) * len(tensor.places)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from blake3 import blake3
@@ -17,11 +17,12 @@ from mergefs.progress import Progress
 from mergefs.recipe.definition import Recipe
 from mergefs.recipe.model import find_model
 from mergefs.recipe.references import ModelReference
-from mergefs.tokenizer.chat_template import chosen_template, with_template
 from mergefs.tokenizer.files import CONFIG, ModelTokenizer, is_tokenizer_file
 from mergefs.tokenizer.files import FileContent as TokenizerFile
-from mergefs.tokenizer.service import TokenizerModels, merged_vocabulary
-from mergefs.tokenizer.vocabulary import MergedVocabulary
+
+if TYPE_CHECKING:
+    from mergefs.tokenizer.service import TokenizerModels
+    from mergefs.tokenizer.vocabulary import MergedVocabulary
 
 _TOKEN_IDS: Final = ("_token_id", "_token_index")
 """What keys of config.json end with whose values are ids of tokens."""
@@ -36,7 +37,7 @@ class TokenizerPlan:
     ``digest`` identifies what has been changed, None where nothing has.
     """
 
-    vocabulary: MergedVocabulary | None
+    vocabulary: "MergedVocabulary | None"
     companions: Mapping[str, FileContent]
     digest: str | None
     notes: tuple[str, ...]
@@ -62,6 +63,8 @@ def plan_tokenizer(
     hasher = blake3()
     vocabulary = None
     if recipe.tokenizer is not None:
+        from mergefs.tokenizer.service import merged_vocabulary
+
         vocabulary = merged_vocabulary(recipe.tokenizer, taking_part, catalog, progress)
         files = {name: content for name, content in files.items() if not is_tokenizer_file(name)} | dict(
             vocabulary.files
@@ -105,9 +108,11 @@ def _moved_tokens(donor: InputModel, permutation: NDArray[np.int64]) -> list[str
 
 
 def _with_chat_template(
-    setting: str, files: Mapping[str, FileContent], donor: InputModel, models: TokenizerModels, notes: list[str]
+    setting: str, files: Mapping[str, FileContent], donor: InputModel, models: "TokenizerModels", notes: list[str]
 ) -> Mapping[str, bytes | None]:
     """Return what the chat template changes in ``files``."""
+    from mergefs.tokenizer.chat_template import chosen_template, with_template
+
     tokenizer = _tokenizer(donor.title, files)
     if not tokenizer.exists:
         notes.append(f"the chat template has no effect, because {donor.title} has no tokenizer that it could belong to")
@@ -123,8 +128,10 @@ def _tokenizer_models(
     recipe: Recipe,
     models: Mapping[ModelReference, InputModel],
     stand_in: tuple[ModelReference, InputModel] | None,
-) -> TokenizerModels:
+) -> "TokenizerModels":
     """Return the tokenizers of all models of ``recipe``, and of the model that gives the vocabulary."""
+    from mergefs.tokenizer.service import TokenizerModels
+
     merged = {reference: _tokenizer(model.title, model.files) for reference, model in models.items()}
     others: dict[ModelReference, ModelTokenizer] = {}
     if stand_in is not None and stand_in[0] not in merged:

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.recipe.references import ModelReference
-from mergefs.sources.gathered import FirstRows, RowMeans
 from mergefs.sources.place import Place
-from mergefs.tokenizer.vocabulary import MergedVocabulary
+
+if TYPE_CHECKING:
+    from mergefs.sources.gathered import RowMeans
+    from mergefs.tokenizer.vocabulary import MergedVocabulary
 
 # The input and output embeddings of every architecture that mergekit knows, and the biases of the latter.
 _TOKEN_ROWS: Final = re.compile(
@@ -33,9 +35,9 @@ class Alignment:
     to.
     """
 
-    vocabulary: MergedVocabulary | None
+    vocabulary: "MergedVocabulary | None"
     truncate: bool
-    means: RowMeans
+    means: "RowMeans"
     stand_in: ModelReference | None
     heights: dict[str, int] = field(default_factory=dict)
 
@@ -65,6 +67,8 @@ class Alignment:
         heights = {place.shape[0] for place in places}
         if not self.truncate or len(heights) == 1:
             return tuple(places)
+        from mergefs.sources.gathered import FirstRows
+
         lowest = self.heights[name] = min(heights)
         return tuple(place if place.shape[0] == lowest else FirstRows(place, lowest) for place in places)
 
@@ -75,5 +79,7 @@ class Alignment:
         if self.vocabulary is not None and self.stand_in is not None:
             return self.vocabulary.stand_in(self.stand_in, place, like, compute)
         if self.truncate and place.shape[0] > like.shape[0]:
+            from mergefs.sources.gathered import FirstRows
+
             return FirstRows(place, like.shape[0])
         return place
