@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from mergefs.methods.contract import LONGEST_ROW
@@ -30,19 +31,12 @@ class BlockGrid:
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> "BlockGrid":
         """Return the grid of the blocks that a tensor of ``shape`` is read, computed and bought by."""
-        return cls._of(shape, BLOCK_ELEMENTS)
+        return _grid(shape, BLOCK_ELEMENTS)
 
     @classmethod
     def of_contents(cls, shape: tuple[int, ...]) -> "BlockGrid":
         """Return the grid of the blocks whose hashes a tensor of ``shape`` is known by."""
-        return cls._of(shape, CONTENT_ELEMENTS)
-
-    @classmethod
-    def _of(cls, shape: tuple[int, ...], elements: int) -> "BlockGrid":
-        size = math.prod(shape)
-        row = shape[-1] if shape else 1
-        step = elements if row == 0 or row > LONGEST_ROW else max(1, elements // row) * row
-        return cls(size, step)
+        return _grid(shape, CONTENT_ELEMENTS)
 
     @property
     def count(self) -> int:
@@ -56,3 +50,12 @@ class BlockGrid:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return (self.bounds(block) for block in range(self.count))
+
+
+@lru_cache(maxsize=1024)
+def _grid(shape: tuple[int, ...], elements: int) -> BlockGrid:
+    """Return the grid of a shape in blocks of so many elements: every block asks for one, and there are few shapes."""
+    size = math.prod(shape)
+    row = shape[-1] if shape else 1
+    step = elements if row == 0 or row > LONGEST_ROW else max(1, elements // row) * row
+    return BlockGrid(size, step)
