@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from mergefs.recipe.model import load_recipe
 from mergefs.recipe.variants import parse_variant, vary
 from mergefs.sources import blocks
 from mergefs.sources.cache import BlockCache
+from mergefs.sources.place import StoredTensor
 
 WEIGHTS = "model.safetensors"
 
@@ -202,6 +204,37 @@ def test_variants_read_each_byte_of_their_sources_once(
     assert totals.expert_bytes_read + totals.base_bytes_read == sum(counted.values())
     assert totals.expert_bytes_reread == 0
     assert resources.cache.totals().source_cache_bytes == 0, "all have had all of them"
+
+
+def test_models_in_step_begin_with_different_inputs_so_that_none_waits_for_all_that_another_reads(
+    models: Family, tmp_path: Path, resources: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+    real = StoredTensor.read
+
+    def note(place: StoredTensor, *arguments: Any) -> Raw:
+        begun.append(place.shard.path.parent)
+        return real(place, *arguments)
+
+    recipe = load_recipe(write_recipe(tmp_path / "merge.yml", MERGES["ties"], models))
+    variants = [
+        ModelFiles(make_plan(recipe, PlanOptions(random_seed=seed), resources), resources, strict=True)
+        for seed in range(3)
+    ]
+    for one in variants:
+        for tensor in one.plan.tensors:
+            one.engine.prepare_tensor(tensor)
+    monkeypatch.setattr(StoredTensor, "read", note)
+    tensor = next(name for name, planned in variants[0].plan.tensors.items() if planned.context is not None)
+    orders = []
+    for one in variants:
+        begun.clear()
+        one.engine.read_tensor(tensor, 0, 1)
+        orders.append(tuple(begun))
+    inputs = [models.base, *models.experts]
+    assert all(sorted(order) == sorted(inputs) for order in orders)
+    assert orders[0] == orders[2] != orders[1]
+    assert orders[1] == (*orders[0][1:], orders[0][0])
 
 
 def test_nothing_of_a_source_is_kept_for_one_model_alone(models: Family, tmp_path: Path, resources: Workspace) -> None:

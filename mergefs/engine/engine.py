@@ -45,11 +45,13 @@ class Engine:
         self._gathering = {name: threading.Lock() for name in plan.tensors}
         self._prepared: set[str] = set()
         self.tally = Tally(resources.ledger)
-        self._inputs = InputReader(resources.reader, self.tally)
         self._reported: set[str] = set()
         self._lock = threading.Lock()
+        number = 0
         if not nested:  # else its blocks are the outer one's
-            resources.shared.add_user(self, (file for source in plan.sources for file in source.checked_files))
+            files = (file for source in plan.sources for file in source.checked_files)
+            number = resources.shared.add_user(self, files)
+        self._inputs = InputReader(resources.reader, self.tally, from_the_middle=number % 2 == 1)
 
     def read_file(self, name: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a weight file from ``offset``; fewer only where the file ends."""
@@ -74,6 +76,7 @@ class Engine:
         Of the blocks only those at the edges are kept in the cache: who reads in this way comes by once.
         """
         file, end = self._files[name], offset + len(view)
+        filled = np.frombuffer(view, dtype=np.uint8)  # numpy lets other threads run while it copies
         header = file.header[offset:end]
         view[: len(header)] = header
         position = offset + len(header)
@@ -81,7 +84,7 @@ class Engine:
             tensor, begin = self._tensor_at(file, position)
             stop = min(end - begin, tensor.nbytes)
             for piece in self._pieces(tensor, position - begin, stop, once=True):
-                view[position - offset : position - offset + piece.nbytes] = piece.data
+                filled[position - offset : position - offset + piece.nbytes] = piece
                 position += piece.nbytes
             position = begin + stop
         self._resources.ledger.record_served(len(view))

@@ -22,11 +22,16 @@ Run = tuple[Raw, DType]
 
 
 class InputReader:
-    """Reads the inputs of one plan's tensors. Safe to share between threads."""
+    """Reads the inputs of one plan's tensors. Safe to share between threads.
 
-    def __init__(self, reader: SourceReader, tally: Tally) -> None:
+    Of two models that are computed in step one begins ``from_the_middle`` of their inputs: so each of them reads half
+    of what they have in common, where otherwise one would wait for all that the other reads.
+    """
+
+    def __init__(self, reader: SourceReader, tally: Tally, from_the_middle: bool = False) -> None:
         self._reader = reader
         self._tally = tally
+        self._from_the_middle = from_the_middle
         self._lock = threading.Lock()
         self._seen: dict[str, NDArray[np.bool_]] = {}
 
@@ -37,9 +42,7 @@ class InputReader:
         """
         selection = tensor.selection
         if selection is None:
-            return tuple(
-                (self.whole(tensor, index, block, purpose), place.dtype) for index, place in enumerate(tensor.places)
-            )
+            return self._all_whole(tensor, block, purpose)
         levels = selection.levels[:, selection.cells_of(block)]
         base = tensor.context.base if tensor.context is not None else None
         instead: Run | None = None
@@ -66,6 +69,13 @@ class InputReader:
                     assembled = self._assembled(tensor, selection, index, block, instead, counted)
                 found.append((assembled, tensor.compute))
         return tuple(found)
+
+    def _all_whole(self, tensor: TensorPlan, block: int, purpose: Purpose) -> tuple[Run, ...]:
+        """Return a block of every input, where all are bought."""
+        count = len(tensor.places)
+        first = count // 2 if self._from_the_middle else 0
+        raws = {index: self.whole(tensor, index, block, purpose) for index in (*range(first, count), *range(first))}
+        return tuple((raws[index], place.dtype) for index, place in enumerate(tensor.places))
 
     def stand_in(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Run:
         """Return the bytes that stand in for what is not bought."""

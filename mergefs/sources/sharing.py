@@ -27,14 +27,17 @@ class SharedBlocks:
         self._lock = threading.Lock()
         self._users: Counter[_File] = Counter()
         self._gone: deque[frozenset[_File]] = deque()
+        self._added = 0
 
-    def add_user(self, user: object, files: Iterable[Shard | AuxiliaryFile]) -> None:
-        """Note that ``user`` reads ``files`` as long as it lives."""
+    def add_user(self, user: object, files: Iterable[Shard | AuxiliaryFile]) -> int:
+        """Note that ``user`` reads ``files`` as long as it lives, and return its number, from 0 on."""
         read = frozenset((file.path, file.fingerprint) for file in files)
         with self._lock:
             self._users.update(read)
+            number, self._added = self._added, self._added + 1
         # Whenever the collector comes, whoever holds which lock: so that is only noted.
         weakref.finalize(user, self._gone.append, read).atexit = False
+        return number
 
     def _users_of(self, file: _File) -> int:
         """Return how many read a file."""
