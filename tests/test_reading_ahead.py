@@ -511,12 +511,14 @@ def read_in_all(plan_id: str) -> int:
 
 
 @pytest.mark.mounts
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may say how far the kernel reads ahead")
-def test_the_kernel_asks_a_mount_for_as_much_at_once_as_it_can(models: Family, tmp_path: Path) -> None:
+def test_the_kernel_asks_a_mount_for_as_much_at_once_as_it_can_where_that_may_be_set(
+    models: Family, tmp_path: Path
+) -> None:
     with mounted(models, tmp_path) as mount:
         entry = find_mount(mount.mountpoint)
         assert entry is not None
-        assert Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").read_text() == f"{KERNEL_WINDOW // KIB}\n"
+        window = Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb")
+        assert int(window.read_text()) == (KERNEL_WINDOW // KIB if os.access(window, os.W_OK) else 128)
 
 
 @pytest.mark.parametrize(("before", "after"), [("128\n", "1024"), ("4096\n", "4096\n"), ("?\n", "?\n")])
