@@ -24,7 +24,12 @@ def collections():
     return sum(generation["collections"] for generation in gc.get_stats())
 
 def tell():
-    facts = {"modules": sorted(sys.modules), "collections": collections() - before, "frozen": gc.get_freeze_count()}
+    facts = {
+        "modules": sorted(sys.modules),
+        "collections": collections() - before,
+        "frozen": gc.get_freeze_count(),
+        "threshold": gc.get_threshold()[0],
+    }
     with open(os.environ["FACTS"], "w") as file:
         json.dump(facts, file)
 
@@ -48,11 +53,15 @@ ONLY_FOR: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A command that has ended: what was imported, how often garbage was looked for, and the objects set aside."""
+    """A command that has ended: what was imported, how often garbage was looked for, and the objects set aside.
+
+    ``threshold`` is after how many new objects garbage was looked for in the end.
+    """
 
     modules: frozenset[str]
     collections: int
     frozen: int
+    threshold: int
 
     @property
     def needless(self) -> set[str]:
@@ -71,7 +80,7 @@ def run(place: Path, *arguments: str | Path) -> Ended:
         check=False,
     )
     facts = json.loads(told.read_text())
-    return Ended(frozenset(facts["modules"]), facts["collections"], facts["frozen"])
+    return Ended(frozenset(facts["modules"]), facts["collections"], facts["frozen"], facts["threshold"])
 
 
 @pytest.fixture
@@ -95,6 +104,7 @@ def test_materializing_a_plain_recipe_imports_nothing_that_only_others_need(
     ended = run(tmp_path, "materialize", "--json", recipe, tmp_path / "out")
     assert (tmp_path / "out" / "mergefs.manifest.json").is_file()
     assert ended.needless == set()
+    assert ended.threshold == 700  # while it writes, garbage may be large
 
 
 @pytest.mark.parametrize(

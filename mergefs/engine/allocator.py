@@ -12,6 +12,8 @@ _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_KEPT: Final = 32 * 2**20
 """Bytes; the library takes nothing larger."""
 _ARENAS: Final = 2
+_OBJECTS_BETWEEN_COLLECTIONS: Final = 700
+"""As Python has it where nobody has asked for another number."""
 
 
 def limit_arenas() -> None:
@@ -42,14 +44,16 @@ def made_to_stay() -> Iterator[None]:
 
     The plan of a large model has a million objects. Looking through them again and again while they are made takes a
     sixth of the time until a mount is ready, and later a pause for whoever reads, or a twelfth of the processors' time
-    that it takes to write a model of a gigabyte. What is made after that is looked at as ever, and there is little of
-    it at a time: so memory stays bounded, whatever cycles there are among it.
+    that it takes to write a model of a gigabyte. What is made after that is looked at as often as by default, also
+    where less was asked for while the process started, and there is little of it at a time: so memory stays bounded,
+    whatever cycles there are among it, and whatever large blocks hang on them.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
         gc.freeze()
+        gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     finally:
         if was_enabled:
             gc.enable()
