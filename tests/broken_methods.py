@@ -136,6 +136,21 @@ def _fused(factor: float) -> Callable[..., Raw | None]:
     return fused
 
 
+def _beyond(self: Sound, run: RawRun, coefficients: Any) -> Raw | None:
+    """Write to the memory around that of the result."""
+    if run.into is not None and run.into.base is not None:
+        run.into.base[:] = 0
+    return run.inputs[0]
+
+
+def _otherwise(self: Sound, run: RawRun, coefficients: Any) -> Raw | None:
+    """Return the first input, and in memory of the caller's zeros."""
+    if run.into is None:
+        return run.inputs[0]
+    run.into[:] = 0
+    return run.into
+
+
 def _first(self: Sound, block: Block, coefficients: Any, precision: Precision) -> Array:
     return block.inputs[0]
 
@@ -204,6 +219,12 @@ BROKEN: Final[dict[str, Broken]] = {
     ),
     "fused size": Broken(
         with_methods(fused=lambda self, run, c: run.inputs[0][:-1]), "fused", "the fused kernel returns"
+    ),
+    "fused beyond": Broken(
+        with_methods(reference=_first, fused=_beyond), "fused", "writes beyond the memory for its result"
+    ),
+    "fused otherwise": Broken(
+        with_methods(reference=_first, fused=_otherwise), "fused", "differs where it is given memory"
     ),
     "keep": Broken(
         with_methods(**_asking(lambda context: MagnitudeThreshold(0, context.size + 1))),

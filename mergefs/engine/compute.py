@@ -40,18 +40,20 @@ def run_kernel(
     out: DType,
     start: int,
     fused: bool = True,
+    into: Raw | None = None,
 ) -> Raw:
     """Return the merged bytes, of dtype ``out``, of a run of elements that begins at flat index ``start``.
 
     ``inputs`` are the bytes of the same run in each model, with their dtypes. The method's fused kernel is taken where
-    there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN.
+    there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN. They
+    may lie in ``into`` then, if that is given.
     """
     run = _Run(method, coefficients, inputs, compute, out, start)
     merged: Raw | None = None
     # What is too large for a dtype becomes infinite there: who asks for the bytes looks at them.
     with np.errstate(all="ignore"):
         if fused and out == compute and all(dtype == compute for _, dtype in inputs):
-            merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start), coefficients)
+            merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start, into), coefficients)
         elif fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
             merged = _run_converted(run)
         return _run_reference(run, fused) if merged is None else merged

@@ -83,8 +83,11 @@ class Engine:
         while position < end:
             tensor, begin = self._tensor_at(file, position)
             stop = min(end - begin, tensor.nbytes)
-            for piece in self._pieces(tensor, position - begin, stop, once=True):
-                filled[position - offset : position - offset + piece.nbytes] = piece
+            into = filled[position - offset : begin + stop - offset]
+            for piece in self._pieces(tensor, position - begin, stop, into=into):
+                target = filled[position - offset : position - offset + piece.nbytes]
+                if not np.may_share_memory(piece, target):
+                    target[:] = piece
                 position += piece.nbytes
             position = begin + stop
         self._resources.ledger.record_served(len(view))
@@ -183,28 +186,31 @@ class Engine:
         return self.plan.tensors[file.tensors[index]], file.offsets[index]
 
     def _pieces(
-        self, tensor: TensorPlan, begin: int, end: int, purpose: Purpose = Purpose.EXPERT, once: bool = False
+        self, tensor: TensorPlan, begin: int, end: int, purpose: Purpose = Purpose.EXPERT, into: Raw | None = None
     ) -> Iterator[Raw]:
         """Yield views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor.
 
-        With ``once`` no block that lies there as a whole is kept in the cache.
+        With ``into``, memory for these bytes, no block that lies there as a whole is kept in the cache; it may have
+        been computed in its place there.
         """
         step = tensor.grid.step * tensor.dtype.itemsize
         for block in range(begin // step, -(-end // step)):
             first, last = block * step, min((block + 1) * step, tensor.nbytes)
             whole = begin <= first and last <= end
-            data = self._block(tensor, block, purpose, kept=not (once and whole))
+            room = into[first - begin : last - begin] if into is not None and whole else None
+            data = self._block(tensor, block, purpose, room)
             yield data[max(begin - first, 0) : end - first]
 
-    def _block(self, tensor: TensorPlan, block: int, purpose: Purpose, kept: bool = True) -> Raw:
+    def _block(self, tensor: TensorPlan, block: int, purpose: Purpose, into: Raw | None = None) -> Raw:
         """Return one block of the merged tensor from the cache, or compute it, reading for ``purpose``.
 
-        One that is not to be ``kept`` is computed.
+        Where it may lie ``into`` memory of the caller's it is computed, and not kept.
         """
         self.prepare_tensor(tensor.name)
-
+        if into is not None:
+            return self._reserved(tensor, block, purpose, into)
         compute = partial(self._reserved, tensor, block, purpose)
-        return self._resources.cache.get(self._key(tensor, block), compute) if kept else compute()
+        return self._resources.cache.get(self._key(tensor, block), compute)
 
     def _key(self, tensor: TensorPlan, block: int) -> Hashable:
         """Return what the cache knows a block by.
@@ -213,18 +219,18 @@ class Engine:
         """
         return self.plan.plan_id, self._nested, tensor.name, block
 
-    def _reserved(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+    def _reserved(self, tensor: TensorPlan, block: int, purpose: Purpose, into: Raw | None = None) -> Raw:
         """Compute one block in memory that is reserved for it."""
         if self._nested:
-            return self._compute(tensor, block, purpose)
+            return self._compute(tensor, block, purpose, into)
         with self._resources.room.reserve(_working_bytes(tensor)):
-            return self._compute(tensor, block, purpose)
+            return self._compute(tensor, block, purpose, into)
 
-    def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+    def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose, into: Raw | None) -> Raw:
         """Compute one block from the bytes that are bought."""
         if tensor.method is None or tensor.context is None:
             return self._copy(tensor, block, purpose)
-        merged, inputs = merge_block(tensor, self._coefficients[tensor.name], self._inputs, block, purpose)
+        merged, inputs = merge_block(tensor, self._coefficients[tensor.name], self._inputs, block, purpose, into)
         if inputs and not is_finite(merged, tensor.dtype):
             self._report_non_finite(tensor, inputs, block)
         return merged

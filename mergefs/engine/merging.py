@@ -23,11 +23,16 @@ def coefficients_of(tensor: TensorPlan, statistics: StatisticsService) -> Any:
 
 
 def merge_block(
-    tensor: TensorPlan, coefficients: Any, reader: InputReader, block: int, purpose: Purpose
+    tensor: TensorPlan,
+    coefficients: Any,
+    reader: InputReader,
+    block: int,
+    purpose: Purpose,
+    into: Raw | None = None,
 ) -> tuple[Raw, tuple[Run, ...]]:
     """Return the bytes of a block of a merged tensor, and the inputs that it was computed from.
 
-    There are none where the block is the base's.
+    There are none where the block is the base's. The bytes may lie in ``into``, where one is given.
     """
     if tensor.method is None:
         raise ValueError("a copied tensor is not merged")
@@ -37,4 +42,5 @@ def merge_block(
         return convert(stand_in, dtype, tensor.compute, tensor.dtype), ()
     inputs = reader.inputs(tensor, block, purpose)
     start, _ = tensor.grid.bounds(block)
-    return run_kernel(tensor.method, coefficients, inputs, tensor.compute, tensor.dtype, start), inputs
+    merged = run_kernel(tensor.method, coefficients, inputs, tensor.compute, tensor.dtype, start, into=into)
+    return merged, inputs

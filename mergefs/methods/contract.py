@@ -135,12 +135,14 @@ Vector = NDArray[np.float64]
 class RawRun:
     """The same run of elements of every input, for a fused kernel: bytes of the compute dtype, each in one piece.
 
-    ``start`` is the flat index of the first element in the tensor.
+    ``start`` is the flat index of the first element in the tensor. The result may lie in ``into``, bytes of that dtype
+    and as many; who returns memory of its own has it copied there.
     """
 
     inputs: tuple[Raw, ...]
     dtype: DType
     start: int
+    into: Raw | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Linear(Method[LinearCoefficients]):
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         divisor = coefficients.divisor
-        result = empty_result(run.inputs[0], run.dtype)
+        result = empty_result(run.inputs[0], run.dtype, run.into)
         kernel.KERNEL.compiled(run.dtype)(
             result,
             addresses(run.inputs),

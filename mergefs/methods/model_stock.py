@@ -125,7 +125,7 @@ class ModelStock(Method[ModelStockCoefficients]):
         from mergefs.kernels.fused.memory import address, addresses, empty_result
 
         base = run.inputs[coefficients.base]
-        result = empty_result(base, run.dtype)
+        result = empty_result(base, run.dtype, run.into)
         share = np.float32(coefficients.share)
         rest = Precision(run.dtype).scalar(float(np.float32(1) - share))
         experts = addresses([run.inputs[model] for model in coefficients.experts])

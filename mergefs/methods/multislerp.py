@@ -140,7 +140,7 @@ class Multislerp(Method[MultislerpCoefficients]):
         from mergefs.kernels.fused.memory import address, addresses, empty_result
 
         inputs = [run.inputs[model] for model in coefficients.models]
-        result = empty_result(inputs[0], run.dtype)
+        result = empty_result(inputs[0], run.dtype, run.into)
         base = inputs[0] if coefficients.base is None else run.inputs[coefficients.base]
         line = coefficients.mean_norm is None
         models = _numbers_of_models(coefficients)

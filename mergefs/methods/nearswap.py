@@ -79,7 +79,7 @@ class NearSwap(Method[NearSwapCoefficients]):
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])
-        result = empty_result(pair[0], run.dtype)
+        result = empty_result(pair[0], run.dtype, run.into)
         least = Precision(run.dtype).scalar(_SMALLEST_DISTANCE)
         kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), np.float32(coefficients.t), least)
         return result.view(np.uint8)

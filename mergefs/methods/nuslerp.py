@@ -164,7 +164,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
 
         base = () if coefficients.base is None else (run.inputs[coefficients.base],)
         inputs = (*(run.inputs[model] for model in coefficients.pair), *base)
-        result = empty_result(inputs[0], run.dtype)
+        result = empty_result(inputs[0], run.dtype, run.into)
         straight = bool(turn.straight[0])
         line = (1 - coefficients.share, coefficients.share)
         factors = np.array(line if straight else (turn.first[0], turn.second[0]), dtype=np.float32)

@@ -113,7 +113,7 @@ class Slerp(Method[SlerpCoefficients]):
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])
-        result = empty_result(pair[0], run.dtype)
+        result = empty_result(pair[0], run.dtype, run.into)
         factors = np.array([coefficients.first, coefficients.second], dtype=np.float32)
         kernel.KERNEL.compiled(run.dtype)(result, addresses(pair), factors)
         return result.view(np.uint8)

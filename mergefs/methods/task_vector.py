@@ -274,7 +274,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
             )
             for expert in coefficients.experts
         ]
-        result = empty_result(base, run.dtype)
+        result = empty_result(base, run.dtype, run.into)
         kernel.merge(run.dtype, result, settings, experts)
         return result.view(np.uint8)
 

@@ -1,7 +1,7 @@
 """Checks of the arithmetic: the reference on its own, any range of it, and the fused kernel against it."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from mergefs.kernels.precision import Precision, Raw, load
 from mergefs.methods.contract import Method
 from mergefs.testing.choices import Choices
 from mergefs.testing.trial import Trial, for_each_trial, same_bits
+
+_UNTOUCHED: Final = 0xA5
 
 
 def check_results(method: Method[Any]) -> None:
@@ -70,15 +72,24 @@ def _check_fused(trial: Trial, choices: Choices) -> None:
     before = [raw.tobytes() for raw, _ in inputs]
     with trial.calling("fused"):
         merged = run_kernel(method, coefficients, inputs, compute, compute, start)
+        # Into the middle of memory that others write to, too.
+        margin = choices.integer(0, 8)
+        memory: Raw = np.full(expected.size + 2 * margin, _UNTOUCHED, dtype=np.uint8)
+        into = memory[margin : margin + expected.size]
+        again = run_kernel(method, coefficients, inputs, compute, compute, start, into=into)
+    around = np.concatenate([memory[:margin], memory[margin + expected.size :]])
+    trial.require(bool((around == _UNTOUCHED).all()), "the fused kernel writes beyond the memory for its result")
     trial.require([raw.tobytes() for raw, _ in inputs] == before, "the fused kernel changes its inputs")
     trial.require(
         merged.size == expected.size, f"the fused kernel returns {merged.size} bytes instead of {expected.size}"
     )
-    found, wanted = (load(raw, compute, compute) for raw in (merged, expected))
+    trial.require(again.size == merged.size, f"the fused kernel returns {again.size} bytes where it is given memory")
+    found, wanted, there = (load(raw, compute, compute) for raw in (merged, expected, again))
     trial.require(
         same_bits(found, wanted, Precision(compute)),
         f"the fused kernel differs from the reference among the elements from {start} on",
     )
+    trial.require(same_bits(there, wanted, Precision(compute)), "the fused kernel differs where it is given memory")
 
 
 def _grain(trial: Trial, coefficients: Any) -> int:

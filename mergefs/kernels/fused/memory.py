@@ -54,6 +54,11 @@ def view(raw: Raw, dtype: DType) -> NDArray[Any]:
     return raw.view(_STORAGE[dtype])
 
 
-def empty_result(raw: Raw, dtype: DType) -> NDArray[Any]:
-    """Return an array for as many elements as ``raw`` holds, of the integer type that stands for ``dtype``."""
+def empty_result(raw: Raw, dtype: DType, into: Raw | None = None) -> NDArray[Any]:
+    """Return an array for as many elements as ``raw`` holds, of the integer type that stands for ``dtype``.
+
+    It lies in ``into``, which has as many bytes, where one is given and numbers of that type can begin there.
+    """
+    if into is not None and address(into) % dtype.itemsize == 0:
+        return view(into, dtype)
     return empty(raw.size // dtype.itemsize, dtype)
