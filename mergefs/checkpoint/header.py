@@ -103,11 +103,12 @@ def encode_header(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
     metadata: Mapping[str, str],
     alignment: int = 8,
+    beyond: int = 0,
 ) -> bytes:
     """Return the bytes before the data of a file that holds ``tensors`` one after the other, in the given order.
 
     Each tensor is (name, dtype, shape). ``__metadata__`` is left out when ``metadata`` is empty. The header is
-    padded with spaces until the data starts at a multiple of ``alignment`` bytes.
+    padded with spaces until the data starts ``beyond`` bytes behind a multiple of ``alignment`` bytes.
 
     Raises CheckpointError when no sound file can have this header (a name given twice or reserved, a name that is
     not Unicode text, a tensor that does not fill whole bytes, sizes beyond 64 bits, a header above 100 MB).
@@ -135,7 +136,7 @@ def encode_header(
         raise CheckpointError(
             f"{_quote(error.object)} holds a surrogate that UTF-8 cannot encode; rename the tensor or metadata key"
         ) from error
-    encoded += b" " * (-(_LENGTH.size + len(encoded)) % alignment)
+    encoded += b" " * ((beyond - _LENGTH.size - len(encoded)) % alignment)
     if len(encoded) > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"a header of {len(encoded)} bytes for {len(tensors)} tensors is above the {MAX_HEADER_BYTES} bytes that "

@@ -165,12 +165,14 @@ def _print(plan: "MergePlan", result: "Materialized") -> None:
         click.echo(f"{result.directory}: is complete already, and as it was written: manifest {result.manifest}")
         return
     reused = f", {format_size(result.reused_bytes)} of it from an interrupted run" if result.reused_bytes else ""
+    shared = {"shared": f"{format_size(result.shared_bytes)} with the sources, not written again"}
     print_pairs(
         {
             "wrote": str(result.directory),
             "plan": result.plan_id,
             "manifest": result.manifest,
             "size": f"{format_size(result.bytes_written)} in {result.files} files, {result.seconds:.1f} s{reused}",
+            **(shared if result.shared_bytes else {}),
             "experts read": f"{format_size(result.totals.expert_bytes_read)} of "
             f"{format_size(plan.outcome.expert_bytes_total)}",
             "base read": format_size(result.totals.base_bytes_read),

@@ -41,6 +41,10 @@ def merge_block(
         stand_in, dtype = reader.stand_in(tensor, block, purpose)
         return convert(stand_in, dtype, tensor.compute, tensor.dtype), ()
     inputs = reader.inputs(tensor, block, purpose)
+    taken = None if tensor.context is None else tensor.method.taken_as_it_is(tensor.context)
+    if taken is not None:
+        raw, dtype = inputs[taken]
+        return convert(raw, dtype, tensor.compute, tensor.dtype), inputs
     start, _ = tensor.grid.bounds(block)
     merged = run_kernel(tensor.method, coefficients, inputs, tensor.compute, tensor.dtype, start, into=into)
     return merged, inputs

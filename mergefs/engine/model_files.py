@@ -12,7 +12,7 @@ from mergefs.engine.shortage import despite_shortage
 from mergefs.planner.documents import documents
 from mergefs.planner.plan import MergePlan
 from mergefs.sources.ledger import Purpose
-from mergefs.sources.reader import check_unchanged
+from mergefs.sources.reader import SourceReader, check_unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ class ModelFiles:
         copied = (content for content in self._contents.values() if isinstance(content, AuxiliaryFile))
         files = (*weights, *copied, *self.plan.plane_files)
         return frozenset((file.path, file.fingerprint) for file in files)
+
+    @property
+    def reader(self) -> SourceReader:
+        """What reads its sources."""
+        return self._resources.reader
 
     def is_merged(self, name: str) -> bool:
         """Return whether ``name`` is a weight file."""

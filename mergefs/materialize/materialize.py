@@ -37,8 +37,9 @@ class Interrupted(Enum):
 class Materialized:
     """What was written, and what it cost.
 
-    ``reused_bytes`` were there from an interrupted run, as their hashes prove. With ``already_there`` the destination
-    was this very model, complete and verified, and nothing was written.
+    ``reused_bytes`` of the ``bytes_written`` were there from an interrupted run, as their hashes prove;
+    ``shared_bytes`` lie on disk once, for the model and for the sources that they are copies of. With ``already_there``
+    the destination was this very model, complete and verified, and nothing was written.
     """
 
     directory: Path
@@ -49,6 +50,7 @@ class Materialized:
     reused_bytes: int
     totals: LedgerTotals
     seconds: float
+    shared_bytes: int = 0
     already_there: bool = False
 
 
@@ -179,6 +181,7 @@ def _result(run: Run, order: Order, resources: Resources, started: float) -> Mat
         reused_bytes=written.reused_bytes,
         totals=resources.ledger.totals(),
         seconds=time.monotonic() - started,
+        shared_bytes=written.shared_bytes,
     )
 
 

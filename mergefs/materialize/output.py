@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import queue
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from blake3 import blake3
 
 from mergefs.errors import MaterializeError
 from mergefs.materialize.manifest import FileEntry
-from mergefs.materialize.system import fill, sync, sync_directory, write_all
+from mergefs.materialize.system import fill, share, sync, sync_directory, write_all
 
 _ALIGNMENT: Final = 4096
 """Offsets, sizes and addresses that every disk takes directly are multiples of it."""
@@ -50,6 +51,7 @@ class Output:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             sync_directory(path.parent)  # so that the name is there as soon as pieces are
+            self.block_size = max(os.fstatvfs(self._descriptor).f_bsize, _ALIGNMENT)
             if os.fstat(self._descriptor).st_size > size:
                 os.ftruncate(self._descriptor, size)
             with suppress(OSError):  # of a file system that has no such thing
@@ -62,8 +64,22 @@ class Output:
         """Fill ``view`` with what lies at ``offset``; return whether the file has so much. Raises OSError."""
         return fill(self._descriptor, view, offset) == len(view)
 
-    def write(self, view: memoryview, offset: int) -> None:
-        """Write ``view``, which begins with a page of memory, at ``offset``. Raises OSError."""
+    def share(self, source: int, source_offset: int, begin: int, end: int) -> None:
+        """Let ``begin`` to ``end`` be what lies in another file, in whole blocks. Raises OSError."""
+        share(source, source_offset, self._descriptor, begin, end - begin)
+
+    def write(self, view: memoryview, offset: int, there: Sequence[tuple[int, int]] = ()) -> None:
+        """Write ``view``, which begins with a page of memory, at ``offset``. Raises OSError.
+
+        The ranges of the file that are ``there`` already, in order and of whole blocks, are left out.
+        """
+        position, end = offset, offset + len(view)
+        for begin, stop in (*there, (end, end)):
+            if position < begin:
+                self._write(view[position - offset : begin - offset], position)
+            position = stop
+
+    def _write(self, view: memoryview, offset: int) -> None:
         done = self._write_directly(view[: len(view) // _ALIGNMENT * _ALIGNMENT], offset)
         if done < len(view):
             write_all(self._descriptor, view[done:], offset + done)

@@ -19,6 +19,8 @@ from mergefs.materialize.system import read_all
 from mergefs.materialize.verify import Damage, Verified, verify
 from mergefs.planner.ancestry import FORMAT, PROVENANCE_NAME
 from mergefs.planner.build import PlanOptions, make_plan
+from mergefs.planner.layout import lay_out_as_written
+from mergefs.planner.plan import MergePlan, OutputFile
 from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.model import parse_recipe
@@ -120,11 +122,28 @@ def _planned_again(directory: Path, resources: Workspace, progress: Progress | N
         write_model_card=provenance.write_model_card,
     )
     try:
-        return ModelFiles(make_plan(recipe, options, resources, progress), resources, strict=True)
+        plan = make_plan(recipe, options, resources, progress)
+        return ModelFiles(replace(plan, files=_files_as_written(directory, plan)), resources, strict=True)
     except RecipeError as error:
         raise VerificationError(
             f"{error} (relative paths count from the current directory: try again from where the model was written)"
         ) from error
+
+
+def _files_as_written(directory: Path, plan: MergePlan) -> tuple[OutputFile, ...]:
+    """Return the files of a plan laid out as they were written: how sources are cut may have changed since."""
+    entries = read_manifest(directory).tensors
+    written = {name: (entry.file, entry.offset) for name, entry in entries.items()}
+    now = {
+        name: (file.name, offset)
+        for file in plan.files
+        for name, offset in zip(file.tensors, file.offsets, strict=True)
+    }
+    # Other tensors, or of other sizes, are a difference that is told by comparing.
+    same_tensors = {name: entry.size for name, entry in entries.items()} == {
+        name: tensor.nbytes for name, tensor in plan.tensors.items()
+    }
+    return lay_out_as_written(plan.tensors, written) if same_tensors and written != now else plan.files
 
 
 def _compare(

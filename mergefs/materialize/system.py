@@ -2,12 +2,15 @@
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from pathlib import Path
 from typing import Final
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_FICLONERANGE: Final = 0x4020940D
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int | None = None) -> None:
@@ -35,6 +38,15 @@ def fill(descriptor: int, view: memoryview, offset: int) -> int:
     while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
         done += count
     return done
+
+
+def share(source: int, source_offset: int, destination: int, offset: int, size: int) -> None:
+    """Let a range of one file consist of the same blocks on disk as one of another file, until either is written to.
+
+    Blocks of the source that are only in memory are written first. Fails, and leaves the range to be written, unless
+    both lie in one file system that can do that and all numbers are multiples of its block size.
+    """
+    fcntl.ioctl(destination, _FICLONERANGE, struct.pack("=qQQQ", source, source_offset, size, offset))
 
 
 def sync(descriptor: int) -> None:

@@ -16,6 +16,7 @@ from mergefs.materialize.manifest import PIECE, FileEntry
 from mergefs.materialize.output import Buffers, Output, failed
 from mergefs.materialize.pieces import hash_pieces
 from mergefs.materialize.preparation import Preparation
+from mergefs.materialize.sharing import Range, Sharing
 from mergefs.materialize.tensor_hashes import TensorHashes
 from mergefs.planner.plan import OutputFile
 
@@ -26,13 +27,17 @@ _READ_AHEAD: Final = 2 * CHUNK
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of whole pieces that lies in the file; ``kept`` says that it did before. ``buffer`` is lent."""
+    """A run of whole pieces that lies in the file; ``kept`` says that it did before. ``buffer`` is lent.
+
+    ``shared`` of its bytes are those of sources, on disk as well.
+    """
 
     offset: int
     size: int
     buffer: memoryview
     pieces: tuple[str, ...]
     kept: bool
+    shared: int = 0
 
 
 class WeightFile:
@@ -53,10 +58,11 @@ class WeightFile:
         preparation: Preparation,
     ) -> None:
         self.tensors = TensorHashes(files.plan, file)
-        self.reused_bytes = 0
+        self.reused_bytes = self.shared_bytes = 0
         self._output = output
         self._file = file
         self._files = files
+        self._sharing = Sharing(output, file, files.plan.tensors, files.reader)
         self._durability = durability
         self._proven = proven
         self._buffers = buffers
@@ -87,14 +93,16 @@ class WeightFile:
             view = buffer[: min(CHUNK, self._file.size - offset)]
             pieces = self._kept(offset, view)
             kept = pieces is not None
+            shared: tuple[Range, ...] = ()
             if pieces is None:
                 for name in self._tensors_in(offset):
                     self._files.engine.prepare_tensor(name)  # or others would wait for that in vain, too
                 with self._processors:
                     self._files.read_into(self._file.name, offset, view)
                     pieces = hash_pieces(view)
-                self._output.write(view, offset)
-            return Chunk(offset, len(view), buffer, pieces, kept)
+                shared = self._sharing.share(offset, len(view))
+                self._output.write(view, offset, shared)
+            return Chunk(offset, len(view), buffer, pieces, kept, sum(end - begin for begin, end in shared))
         except OSError as error:
             self._buffers.give_back(buffer)
             raise self._failed(error) from error
@@ -121,6 +129,7 @@ class WeightFile:
         if chunk.kept:
             self.reused_bytes += chunk.size
             return
+        self.shared_bytes += chunk.shared
         try:
             self._durability.add(chunk.offset // PIECE, chunk.pieces, chunk.size)
         except OSError as error:

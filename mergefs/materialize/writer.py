@@ -32,7 +32,7 @@ _AHEAD: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: hashes by name, and the bytes that were found to be there from an earlier run.
+    """What was written: hashes by name, and the bytes that were found to be there from an earlier run, or are shared.
 
     ``contents`` are the digests that the tensors are known by as inputs (``content_digest``).
     """
@@ -41,6 +41,7 @@ class Written:
     tensors: dict[str, TensorEntry]
     contents: dict[str, bytes]
     reused_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class ModelWriter:
             tensors={name: entry for one in weights for name, entry in one.tensors.entries().items()},
             contents={name: content for one in weights for name, content in one.tensors.contents().items()},
             reused_bytes=sum(one.reused_bytes for one in weights),
+            shared_bytes=sum(one.shared_bytes for one in weights),
         )
 
     def _clear(self) -> None:

@@ -442,6 +442,13 @@ class Method(ABC, Generic[CoefficientsT]):
         """Return what a user should know of the parameters of this tensor: clauses that follow its name and a colon."""
         return ()
 
+    def taken_as_it_is(self, context: TensorContext) -> int | None:
+        """Return the input whose values are the result, whatever they are; None, as for most, where it is computed.
+
+        Its bytes are then copied, and the kernel is not asked.
+        """
+        return None
+
     def statistics(self, context: TensorContext) -> tuple[Statistic, ...]:
         """Return what has to be known about the whole tensor; nothing, for methods that look at elements alone."""
         return ()

@@ -37,6 +37,10 @@ class Passthrough(Method[PassthroughCoefficients]):
         max_models=1,
     )
 
+    def taken_as_it_is(self, context: TensorContext) -> int | None:
+        """Without a scale the model's tensor is the result."""
+        return 0 if context.per_model[0]["scale"] is None else None
+
     def coefficients(self, context: TensorContext, answers: Answers) -> PassthroughCoefficients:
         """Take the scale as it is."""
         scale = context.per_model[0]["scale"]

@@ -17,7 +17,7 @@ from mergefs.planner.configuration import merged_config
 from mergefs.planner.everything import select_everything
 from mergefs.planner.identity import asked_identity
 from mergefs.planner.keeping import keep_plan
-from mergefs.planner.layout import lay_out
+from mergefs.planner.layout import lay_out, lay_out_for_sharing, layout_digest
 from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
@@ -223,7 +223,7 @@ class Drafter:
         draft = self.draft(recipe)
         # Its tokenizer may be needed by the other, whatever the merged model is to have.
         options = replace(self._options, budget=None, copy_tokenizer=True)
-        return _assemble(draft, options, None, NOTHING_LEFT_OUT, self._catalog)
+        return _assemble(draft, options, None, NOTHING_LEFT_OUT, self._catalog, inner=True)
 
 
 def _donor(recipe: Recipe, opened: Mapping[ModelReference, PlanInput], stand_in: PlanInput | None) -> InputModel:
@@ -276,9 +276,16 @@ def _require_stand_in(draft: Draft, options: PlanOptions) -> None:
 
 
 def _assemble(
-    draft: Draft, options: PlanOptions, budget_bytes: int | None, prediction: Prediction, catalog: Catalog
+    draft: Draft,
+    options: PlanOptions,
+    budget_bytes: int | None,
+    prediction: Prediction,
+    catalog: Catalog,
+    inner: bool = False,
 ) -> MergePlan:
-    """Lay out the files and name the plan."""
+    """Lay out the files, which nobody sees of an ``inner`` merge, and name the plan."""
+    plain = lay_out(draft.tensors, options.max_shard_size)
+    files = plain if inner else lay_out_for_sharing(draft.tensors, options.max_shard_size)
     asked = asked_identity(
         draft.recipe,
         draft.inputs,
@@ -288,6 +295,7 @@ def _assemble(
         options,
         method_origin(draft.recipe.method),
         draft.tokenizer,
+        None if files == plain else layout_digest(files),
     )
     its_id = plan_id(asked, [entry.identity for entry in draft.all_inputs])
     known = catalog.plan(its_id)
@@ -302,7 +310,7 @@ def _assemble(
         companions=_companions(draft, options),
         tokenizer=draft.tokenizer,
         tensors={tensor.name: tensor for tensor in draft.tensors},
-        files=lay_out(draft.tensors, options.max_shard_size),
+        files=files,
         outcome=_outcome(draft.tensors, budget_bytes, prediction),
         options=options,
         notes=draft.notes,

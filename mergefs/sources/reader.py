@@ -203,6 +203,17 @@ class SourceReader:
             if not _is_cached(descriptor, begin, size):  # or looking at every page would cost as much as hashing them
                 os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
+    @contextmanager
+    def lend(self, source: SourceFile) -> Iterator[int]:
+        """Lend a descriptor of a file that has been read before, for the system to take bytes from.
+
+        Raises SourceChangedError, also behind its use, when the file was written to since it was planned; and
+        SourceReadError.
+        """
+        with self._borrow(source, os.POSIX_FADV_NORMAL) as descriptor:
+            yield descriptor
+            _refuse_written(source, os.fstat(descriptor))
+
     def close(self) -> None:
         """Close every file. No read may be under way."""
         with self._lock:
