@@ -150,8 +150,8 @@ def _difference(record: PlanRecord, draft: Draft, plan: MergePlan) -> str:
             return f"{title}, the recipe's {reference!r}, is not what it was ({identities}); {remedy}"
     if record.made_by.get("layout", "") != layout_digest(plan.files):
         return (
-            "its files would be laid out otherwise, since the files that it copies from are cut otherwise now; plan "
-            f"{record.origin} anew"
+            "its files would be laid out otherwise, since the files that it copies from are cut otherwise now; restore "
+            f"them, or plan {record.origin} anew"
         )
     other = _made_differently(record, draft)
     if other is not None:
