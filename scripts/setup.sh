@@ -120,6 +120,8 @@ package_of() {
     getfattr) printf 'attr' ;;
     fusermount3) printf 'fuse3' ;; # and with it libfuse 3
     libnuma.so.1) printf 'libnuma1' ;;
+    mkfs.xfs) printf 'xfsprogs' ;;
+    mkfs.btrfs) printf 'btrfs-progs' ;;
     *) printf '%s' "$1" ;;
   esac
 }

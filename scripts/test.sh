@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 all=""
 heavy=(-m "not heavy")
-programs=(strace rsync getfattr fusermount3)
+programs=(strace rsync getfattr fusermount3 mkfs.xfs mkfs.btrfs)
 if [ "${1:-}" = --all ]; then
   all=yes
   heavy=()

@@ -14,21 +14,20 @@ from hypothesis import strategies as st
 from recipes import MERGES, write_document, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sentences import said_by, the_sentence
+from sentences import said_by
 
 from mergefs.catalog import Catalog
 from mergefs.checkpoint.header import encode_header
 from mergefs.engine import merging
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
-from mergefs.errors import PlanError
-from mergefs.materialize.manifest import read_manifest
+from mergefs.materialize import durability, weights
+from mergefs.materialize import run as run_module
+from mergefs.materialize.manifest import PIECE, manifest_hash, read_manifest
 from mergefs.materialize.sharing import file_copies
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.copies import copies
 from mergefs.planner.plan import MergePlan
-from mergefs.planner.recorded import recorded_plan
-from mergefs.progress import Silence
 from mergefs.recipe.model import load_recipe
 
 PAGE = 4096
@@ -227,14 +226,19 @@ def test_copies_of_the_models_give_the_same_files(models: Family, moved: Family,
     assert said[0] == said[1]
 
 
-def test_sources_that_are_cut_otherwise_give_another_plan_with_the_same_tensors(moved: Family, tmp_path: Path) -> None:
+def test_sources_that_are_cut_otherwise_give_the_same_plan_and_tensors_in_other_files(
+    moved: Family, tmp_path: Path
+) -> None:
     recipe, budget = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], moved), ("--budget", "20%")
     assert said_by("materialize", *budget, recipe, tmp_path / "before").status == 0
     cut_anew(moved.base)
     assert said_by("materialize", *budget, recipe, tmp_path / "after").status == 0
     before, after = read_manifest(tmp_path / "before"), read_manifest(tmp_path / "after")
-    assert before.content == after.content
-    assert (before.plan_id, len(before.files)) != (after.plan_id, len(after.files))
+    assert (before.plan_id, before.contents, before.content) == (after.plan_id, after.contents, after.content)
+    assert {name: entry.content for name, entry in before.tensors.items()} == {
+        name: entry.content for name, entry in after.tensors.items()
+    }
+    assert len(before.files) != len(after.files)
 
 
 def test_a_model_whose_sources_are_cut_otherwise_now_is_still_what_they_give(moved: Family, tmp_path: Path) -> None:
@@ -246,16 +250,30 @@ def test_a_model_whose_sources_are_cut_otherwise_now_is_still_what_they_give(mov
     assert "are what the sources give now" in said.stdout
 
 
-def test_a_plan_whose_files_would_be_laid_out_otherwise_now_is_refused(
-    moved: Family, resources: Workspace, tmp_path: Path
+def test_work_on_files_that_were_cut_otherwise_is_not_gone_on_with(
+    moved: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], moved)
-    plan = plan_of(recipe, resources, "20%")
-    record = resources.catalog.plan(plan.plan_id)
-    assert record is not None
-    assert recorded_plan(record, resources, Silence()).files == plan.files
-    cut_anew(moved.base)
-    with pytest.raises(PlanError, match="laid out otherwise, since the files that it copies from are cut otherwise"):
-        recorded_plan(record, resources, Silence())
-    said = said_by("materialize", plan.plan_id, tmp_path / "out")
-    assert "plan " in the_sentence(said.status, said.stdout, said.stderr)
+    """Its pieces would lie at other places: all of it is written anew."""
+    monkeypatch.setattr(weights, "CHUNK", PIECE)
+    monkeypatch.setattr(durability, "SYNC_BYTES", PIECE)
+    recipe, out = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], moved), tmp_path / "out"
+    expected = moved.base.parent / "expected"
+    for number, cut in enumerate([False, True]):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "check_sources", interrupt)
+            assert said_by("materialize", "--budget", "20%", recipe, out).status != 0
+        assert not out.exists()
+        if cut:
+            cut_anew(moved.base)
+        said = said_by("materialize", "--json", "--budget", "20%", "--resume", recipe, out)
+        assert said.status == 0, said.stderr
+        reused = json.loads(said.stdout)["reused_bytes"]
+        assert reused == 0 if cut else reused > 0
+        assert said_by("materialize", "--budget", "20%", recipe, expected.with_name(str(number))).status == 0
+        assert manifest_hash(out) == manifest_hash(expected.with_name(str(number)))
+        shutil.rmtree(out)
+
+
+def interrupt(files: ModelFiles) -> None:
+    """Interrupt a run where it would look at its sources once more."""
+    raise KeyboardInterrupt

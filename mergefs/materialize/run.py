@@ -3,6 +3,8 @@
 from contextlib import suppress
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from mergefs import __version__
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.readings import keep_reading
@@ -18,7 +20,6 @@ from mergefs.materialize.transaction import Transaction, abandon, is_committed, 
 from mergefs.materialize.writer import ModelWriter, Written
 from mergefs.planner.identity import files_identity, identified, known_contents
 from mergefs.planner.keeping import keep_plan
-from mergefs.planner.layout import layout_digest
 from mergefs.planner.plan import MergePlan
 from mergefs.progress import Progress
 from mergefs.statistics.contents import identify
@@ -60,7 +61,7 @@ class Run:
         self._progress = progress
         self._journal: Journal | None = None
         self._over = False
-        layout = layout_digest(plan.files)
+        layout = _layout(plan)
         # Pieces of another version, or of files that were cut otherwise, are of no use.
         same = recorded is not None and (recorded.work.mergefs_version, recorded.work.layout) == (__version__, layout)
         self._recorded = recorded if same else None
@@ -177,6 +178,15 @@ class Run:
         runs = [self._spent(), *(() if self._recorded is None else self._recorded.read.values())]
         planned = self._plan.outcome.expert_bytes_planned
         return Cost(planned, sum(run.expert_bytes for run in runs), sum(run.base_bytes for run in runs))
+
+
+def _layout(plan: MergePlan) -> str:
+    """Return a hash of how the weight files of a plan are laid out."""
+    hasher = blake3()
+    for file in plan.files:
+        hasher.update(f"{file.name} {file.size}\n".encode())
+        hasher.update(file.header)
+    return hasher.hexdigest()
 
 
 def check_sources(files: ModelFiles) -> None:

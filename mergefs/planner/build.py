@@ -17,7 +17,7 @@ from mergefs.planner.configuration import merged_config
 from mergefs.planner.everything import select_everything
 from mergefs.planner.identity import asked_identity
 from mergefs.planner.keeping import keep_plan
-from mergefs.planner.layout import lay_out, lay_out_for_sharing, layout_digest
+from mergefs.planner.layout import lay_out, lay_out_for_sharing
 from mergefs.planner.levels import Selection
 from mergefs.planner.models import ModelOpener
 from mergefs.planner.options import PlanOptions
@@ -284,8 +284,6 @@ def _assemble(
     inner: bool = False,
 ) -> MergePlan:
     """Lay out the files, which nobody sees of an ``inner`` merge, and name the plan."""
-    plain = lay_out(draft.tensors, options.max_shard_size)
-    files = plain if inner else lay_out_for_sharing(draft.tensors, options.max_shard_size)
     asked = asked_identity(
         draft.recipe,
         draft.inputs,
@@ -295,7 +293,6 @@ def _assemble(
         options,
         method_origin(draft.recipe.method),
         draft.tokenizer,
-        None if files == plain else layout_digest(files),
     )
     its_id = plan_id(asked, [entry.identity for entry in draft.all_inputs])
     known = catalog.plan(its_id)
@@ -310,7 +307,7 @@ def _assemble(
         companions=_companions(draft, options),
         tokenizer=draft.tokenizer,
         tensors={tensor.name: tensor for tensor in draft.tensors},
-        files=files,
+        files=(lay_out if inner else lay_out_for_sharing)(draft.tensors, options.max_shard_size),
         outcome=_outcome(draft.tensors, budget_bytes, prediction),
         options=options,
         notes=draft.notes,

@@ -34,7 +34,6 @@ def asked_identity(
     options: PlanOptions,
     method_origin: Origin | None,
     tokenizer: str | None,
-    layout: str | None,
 ) -> str:
     """Return the half of a plan's id that says what is asked: everything that its bytes depend on but the contents.
 
@@ -62,8 +61,6 @@ def asked_identity(
         content["method_origin"] = str(method_origin)
     if tokenizer is not None:
         content["tokenizer"] = tokenizer
-    if layout is not None:
-        content["layout"] = layout
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(length=ASKED_DIGITS // 2)
 
 

@@ -11,7 +11,6 @@ from mergefs.catalog.records import InputRecord, PlanEntryRecord, PlanRecord, Se
 from mergefs.methods.registry import method_origin
 from mergefs.planner.analysis import record_checkpoints
 from mergefs.planner.identity import IDS, files_identity
-from mergefs.planner.layout import layout_digest
 from mergefs.planner.levels import Selection
 from mergefs.planner.plan import MergePlan, TensorPlan
 from mergefs.sources.blocks import BlockGrid
@@ -58,7 +57,6 @@ def _record(plan: MergePlan) -> PlanRecord:
             "method": str(origin or ""),
             "tokenizer": plan.tokenizer or "",
             "files": files_identity(plan.all_inputs),
-            "layout": layout_digest(plan.files),
         },
     )
 

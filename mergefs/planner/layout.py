@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from blake3 import blake3
-
 from mergefs.checkpoint.header import encode_header
 from mergefs.planner.copies import SMALLEST, asked_copies, source_of_copies
 from mergefs.planner.plan import OutputFile, TensorPlan
@@ -37,7 +35,8 @@ def lay_out(tensors: Sequence[TensorPlan], max_shard_size: int) -> tuple[OutputF
 def lay_out_for_sharing(tensors: Sequence[TensorPlan], max_shard_size: int) -> tuple[OutputFile, ...]:
     """Return the files as ``lay_out`` does, but cut and aligned as the files that much of them is copied from.
 
-    Everything that decides on it is part of what a plan is asked for, but for how those files are cut.
+    It follows from what is asked and from how those files are cut, which is no part of a plan's id: the tensors are the
+    same, whatever files they lie in.
     """
     copied = {
         tensor.name: sum(copy.end - copy.begin for copy in asked_copies(tensor) if copy.end - copy.begin >= SMALLEST)
@@ -68,15 +67,6 @@ def lay_out_as_written(
         listed.sort(key=lambda entry: entry[:2])
         found.append(_output_file(file, [tensor for *_, tensor in listed], listed[0][0] % _ALIGNMENT))
     return tuple(found)
-
-
-def layout_digest(files: Sequence[OutputFile]) -> str:
-    """Return a hash of how weight files are laid out, in hex."""
-    hasher = blake3()
-    for file in files:
-        hasher.update(f"{file.name} {file.size}\n".encode())
-        hasher.update(file.header)
-    return hasher.hexdigest()
 
 
 def index_json(files: Sequence[OutputFile], total_size: int) -> bytes:

@@ -14,7 +14,6 @@ from mergefs.planner.build import Draft, Planning
 from mergefs.planner.everything import copied_from_the_base
 from mergefs.planner.identity import IDS, files_identity
 from mergefs.planner.keeping import keep_plan, recorded_selection
-from mergefs.planner.layout import layout_digest
 from mergefs.planner.levels import EQUAL, NOTHING, Coded
 from mergefs.planner.options import PlanOptions
 from mergefs.planner.plan import BudgetOutcome, MergePlan, TensorPlan
@@ -58,7 +57,7 @@ def recorded_plan(record: PlanRecord, workspace: Workspace, progress: Progress, 
     outcome = msgspec.convert(record.outcome, BudgetOutcome)
     plan = replace(planning.plan_of(tensors, options, record.budget_bytes), outcome=outcome)
     if plan.plan_id != record.plan_id and not _only_better_known(record, plan):
-        raise PlanError(f"plan {record.plan_id} cannot be made again: {_difference(record, planning.draft, plan)}")
+        raise PlanError(f"plan {record.plan_id} cannot be made again: {_difference(record, planning.draft)}")
     if plan.plan_id != record.plan_id:
         note = f"plan {record.plan_id} is plan {plan.plan_id} now that the contents of its inputs are known"
         plan = replace(plan, notes=(*plan.notes, note))
@@ -139,8 +138,8 @@ def _made_differently(record: PlanRecord, draft: Draft) -> str | None:
     return None
 
 
-def _difference(record: PlanRecord, draft: Draft, plan: MergePlan) -> str:
-    """Return what has changed since the plan was made, of which ``plan`` is what it comes to now, and what to do."""
+def _difference(record: PlanRecord, draft: Draft) -> str:
+    """Return what has changed since the plan was made, and what to do."""
     remedy = f"restore it, or plan {record.origin} anew"
     if record.made_by.get("ids") != IDS:
         return f"it was kept by a version of mergefs that named plans otherwise; plan {record.origin} anew"
@@ -148,11 +147,6 @@ def _difference(record: PlanRecord, draft: Draft, plan: MergePlan) -> str:
         if known != now:
             identities = f"its identity is {now[:18]}... and was {known[:18]}..."
             return f"{title}, the recipe's {reference!r}, is not what it was ({identities}); {remedy}"
-    if record.made_by.get("layout", "") != layout_digest(plan.files):
-        return (
-            "its files would be laid out otherwise, since the files that it copies from are cut otherwise now; restore "
-            f"them, or plan {record.origin} anew"
-        )
     other = _made_differently(record, draft)
     if other is not None:
         return f"{other}; {remedy}"
