@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import NonFiniteError
 from mergefs.materialize.manifest import manifest_hash
 from mergefs.materialize.output import Output
+from mergefs.materialize.sharing import Range
 from mergefs.materialize.staging import locked
 from mergefs.materialize.verify import verify
 
@@ -124,10 +126,10 @@ def test_an_interruption_keeps_what_is_finished_of_all_and_resuming_goes_on_with
 ) -> None:
     real = Output.write
 
-    def stop(output: Output, view: memoryview, offset: int) -> None:
+    def stop(output: Output, view: memoryview, offset: int, there: Sequence[Range] = ()) -> None:
         if offset >= 2 * len(view):
             raise KeyboardInterrupt
-        real(output, view, offset)
+        real(output, view, offset, there)
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", stop)
