@@ -66,23 +66,25 @@ def small_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(key=KEYS, digest=st.binary(max_size=32), blocks=st.binary(max_size=4096), number=st.floats(allow_nan=False))
 @settings(max_examples=15, deadline=None)
-def test_statistics_come_back_as_they_were_kept_once_they_are_flushed(
+def test_statistics_come_back_as_they_were_kept_and_on_disk_once_they_are_flushed(
     catalogs: Path, key: bytes, digest: bytes, blocks: bytes, number: float
 ) -> None:
     content, delta = ContentRecord(digest, blocks), DeltaRecord(7, *[digest, blocks] * 3, digest)
     histogram, threshold = HistogramRecord(blocks), ThresholdRecord(2**31 - 1, 2**40)
-    with Catalog(catalogs / uuid4().hex) as catalog:
+    path = catalogs / uuid4().hex
+    with Catalog(path) as catalog, Catalog(path) as another:
         catalog.keep_content(key, content)
         catalog.keep_delta(key, delta)
         catalog.keep_histogram(key, histogram)
         catalog.keep_threshold(key, threshold)
         catalog.keep_number(key, number)
-        assert catalog.content(key) is None
+        assert catalog.content(key) == content
+        assert another.content(key) is None
         catalog.flush()
-        path = catalog.path
-        assert (catalog.content(key), catalog.delta(key)) == (content, delta)
-        assert (catalog.histogram(key), catalog.threshold(key)) == (histogram, threshold)
-        assert catalog.number(key) == number
+        for one in (catalog, another):
+            assert (one.content(key), one.delta(key)) == (content, delta)
+            assert (one.histogram(key), one.threshold(key)) == (histogram, threshold)
+            assert one.number(key) == number
     with Catalog(path) as again:
         assert again.content(key) == content
         assert again.content(key + b"x") is None
@@ -93,6 +95,23 @@ def test_what_is_pending_is_written_when_the_catalog_is_closed(tmp_path: Path) -
         catalog.keep_number(b"a", 0.1)
     with Catalog(tmp_path) as catalog:
         assert catalog.number(b"a") == 0.1
+
+
+def test_what_could_not_be_written_is_not_found_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Catalog(tmp_path) as catalog:
+        catalog.keep_number(b"a", 0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog._environment, "write", refuse)
+            with pytest.raises(CatalogError, match="full"):
+                catalog.flush()
+        assert catalog.number(b"a") is None
+        catalog.keep_number(b"a", 0.2)
+        catalog.flush()
+        assert catalog.number(b"a") == 0.2
+
+
+def refuse(puts: object) -> None:
+    raise CatalogError("the disk is full")
 
 
 def test_a_plan_is_kept_with_its_tensors_and_not_with_those_of_another(tmp_path: Path) -> None:

@@ -68,8 +68,10 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._environment = Environment.shared(path, TABLES)
-        self._pending: list[Put] = []
+        self._pending: dict[tuple[str, bytes], bytes] = {}
+        self._being_written: dict[tuple[str, bytes], bytes] = {}
         self._pending_lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._digests: dict[bytes, bytes] = {}
         self._check_format()
 
@@ -195,11 +197,16 @@ class Catalog:
         self._keep("vectors", key, record, about)
 
     def flush(self) -> None:
-        """Write everything that waits to be kept, in one transaction."""
-        with self._pending_lock:
-            pending, self._pending = self._pending, []
-        if pending:
-            self._environment.write(pending)
+        """Write everything that waits to be kept, in one transaction. Who looks it up here has found it before."""
+        with self._flushing:
+            with self._pending_lock:
+                self._being_written, self._pending = self._pending, {}
+            try:
+                if self._being_written:
+                    self._environment.write([(*where, value) for where, value in self._being_written.items()])
+            finally:
+                with self._pending_lock:
+                    self._being_written = {}
 
     # -- checkpoints, plans, transactions -----------------------------------------------------------------------------
 
@@ -331,10 +338,13 @@ class Catalog:
 
     def _keep(self, table: str, key: bytes, record: msgspec.Struct, about: bytes = b"") -> None:
         with self._pending_lock:
-            self._pending.append((table, key, enclose(table, key, record, about)))
+            self._pending[table, key] = enclose(table, key, record, about)
 
     def _get(self, table: str, key: bytes, kind: type[RecordT]) -> RecordT | None:
-        value = self._environment.get(table, key)
+        with self._pending_lock:
+            value = self._pending.get((table, key)) or self._being_written.get((table, key))
+        if value is None:
+            value = self._environment.get(table, key)
         return None if value is None else self._decode(table, key, value, kind).record
 
     def _all(self, table: str, kind: type[RecordT], prefix: bytes = b"") -> list[RecordT]:

@@ -62,7 +62,8 @@ class Resources:
 
         ``verify_reads`` holds every block that is read against its hash, where an analysis has kept one. Who reads all
         of a merge once, from its beginning to its end, gives a ``held_size``: so many bytes that are read for analysis
-        are held until they are merged, and what is read then tells the hashes of tensors that have none.
+        are held until they are merged, and what is read then tells the hashes of tensors that have none. It flushes the
+        catalog, too: what is found out of single tensors is not written one by one.
         """
         ledger = Ledger()
         learned = learned_hashes(catalog) if held_size else None
@@ -77,7 +78,7 @@ class Resources:
             reader=reader,
             cache=cache,
             shared=shared,
-            statistics=StatisticsService(catalog, reader),
+            statistics=StatisticsService(catalog, reader, at_once=not held_size),
             room=Room(WORKING_MEMORY, _WORKERS),
             held_size=held_size,
             planning_size=planning_size,

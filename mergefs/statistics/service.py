@@ -43,10 +43,15 @@ from mergefs.statistics.stream import TensorStream
 
 
 class StatisticsService:
-    """Looks statistics up and gathers what is missing."""
+    """Looks statistics up and gathers what is missing.
 
-    def __init__(self, catalog: Catalog, reader: SourceReader) -> None:
+    What is gathered is kept ``at_once``, or when whoever gathers a great deal flushes the catalog: each time takes the
+    disk some milliseconds.
+    """
+
+    def __init__(self, catalog: Catalog, reader: SourceReader, at_once: bool = True) -> None:
         self._catalog = catalog
+        self._at_once = at_once
         self._reader = reader
         self._lock = threading.Lock()
         self._gathering: defaultdict[bytes, threading.RLock] = defaultdict(threading.RLock)
@@ -76,7 +81,7 @@ class StatisticsService:
         """
         with self._pass_over(*places):
             found = self._gather(wanted, places, base, compute, origin)
-            self._catalog.flush()
+            self._flush()
         return Answers(found)
 
     def mean_row(self, rows: Place) -> Raw:
@@ -87,8 +92,13 @@ class StatisticsService:
             if known is None:
                 known = VectorRecord(mean_row(rows, self._reader).astype("<f8").tobytes())
                 self._catalog.keep_vector(keys[0], known, sources_of(self._catalog, rows))
-                self._catalog.flush()
+                self._flush()
         return store(np.frombuffer(known.values, dtype="<f8").astype(np.float64), F64, rows.dtype)
+
+    def _flush(self) -> None:
+        """Keep what was gathered, if that is to be done at once."""
+        if self._at_once:
+            self._catalog.flush()
 
     def _pass_over(self, *places: Place) -> threading.RLock:
         """Return the lock of who goes over these places; an input may itself be a merge that needs statistics."""
