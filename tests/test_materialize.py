@@ -4,6 +4,7 @@ import fcntl
 import gc
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
@@ -30,6 +32,7 @@ from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize import run as run_module
 from mergefs.materialize.manifest import MANIFEST_NAME, PIECE
 from mergefs.materialize.materialize import Interrupted, Materialized, Order, materialize
+from mergefs.materialize.output import Buffers
 from mergefs.materialize.recomputing import verify_deep
 from mergefs.materialize.staging import locked, staging_path
 from mergefs.materialize.verify import verify
@@ -301,6 +304,21 @@ def test_what_was_planned_is_not_looked_through_for_garbage_while_it_is_written(
     assert gc.isenabled()
     assert looked_through
     assert not any(looked_through)
+
+
+def test_chunks_lie_in_large_pages_where_the_kernel_has_them() -> None:
+    buffers = Buffers(3, 2**23)
+    taken = [np.frombuffer(buffers.take(), dtype=np.uint8) for _ in range(3)]
+    starts = {int(one.ctypes.data) for one in taken}
+    assert all(start % 4096 == 0 for start in starts)
+    asked_for, inside = set(), set()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, last = (int(number, 16) for number in found.groups())
+            inside = {start for start in starts if first <= start < last}
+        elif line.startswith("VmFlags:") and "hg" in line.split():
+            asked_for |= inside
+    assert asked_for == (starts if Path("/sys/kernel/mm/transparent_hugepage").exists() else set())
 
 
 def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
