@@ -207,6 +207,8 @@ BROKEN: Final[dict[str, Broken]] = {
         "coefficients raises",
     ),
     "chance": Broken(with_methods(reference=_counting()), "results", "other values the second time"),
+    "taken": Broken(with_methods(taken_as_it_is=lambda self, c: 0), "results", "but the reference returns something"),
+    "taken from nowhere": Broken(with_methods(taken_as_it_is=lambda self, c: 9), "results", "input 9, which is none"),
     "impossible": Broken(with_methods(check=_refuse), "results", "`check` refuses every case"),
     "mean of a block": Broken(
         with_methods(reference=_changing(lambda v: v - np.sum(v != 0, dtype=v.dtype))), "ranges", "the ranges between"

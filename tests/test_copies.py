@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mergefs.checkpoint.header import encode_header
 from mergefs.engine import merging
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
+from mergefs.kernels.precision import Raw
 from mergefs.materialize import durability, weights
 from mergefs.materialize import run as run_module
 from mergefs.materialize.manifest import PIECE, manifest_hash, read_manifest
@@ -126,9 +128,9 @@ def test_no_kernel_is_run_for_a_copy(
     ran: list[int] = []
     real = merging.run_kernel
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: Any, **how: Any) -> Raw:
         ran.append(1)
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **how)
 
     monkeypatch.setattr(merging, "run_kernel", counted)
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], models)

@@ -35,6 +35,15 @@ def _check_results(trial: Trial, choices: Choices) -> None:
     )
     again = trial.reference(trial.coefficients())
     trial.require(same_bits(values, again, result), "the same merge gives other values the second time")
+    with trial.calling("taken_as_it_is"):
+        taken = trial.method.taken_as_it_is(trial.case.context)
+    if taken is not None:
+        compute = trial.case.context.compute
+        trial.require(0 <= taken < len(trial.case.raws), f"it takes input {taken}, which is none, as it is")
+        trial.require(
+            result.dtype == compute and same_bits(values, load(trial.case.raws[taken], compute, compute), result),
+            f"it says that it takes input {taken} as it is, but the reference returns something else",
+        )
 
 
 def check_ranges(method: Method[Any]) -> None:
