@@ -26,6 +26,7 @@ from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
 from mergefs.sources.holding import HeldBlocks
 from mergefs.sources.ledger import Ledger, Purpose
+from mergefs.sources.page_cache import cached_pages
 from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 
@@ -200,7 +201,10 @@ class SourceReader:
         itemsize = tensor.dtype.itemsize
         begin, size = tensor.offset + start * itemsize, (stop - start) * itemsize
         with suppress(MergefsError, OSError), self._borrow(shard, _ADVICE[purpose]) as descriptor:
-            if not _is_cached(descriptor, begin, size):  # or looking at every page would cost as much as hashing them
+            cached = False
+            with suppress(OSError):
+                cached = _is_cached(descriptor, begin, size)
+            if not cached:  # or looking at every page would cost as much as hashing them
                 os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
     @contextmanager
@@ -271,18 +275,7 @@ def _is_cached(descriptor: int, offset: int, size: int) -> bool:
 
     Files are read into it by runs of pages. Raises OSError where the system cannot tell.
     """
-    probe = bytearray(1)
-    try:
-        return all(
-            os.preadv(descriptor, [probe], place, os.RWF_NOWAIT) == 1
-            for place in (offset, offset + size // 2, offset + size - 1)
-        )
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return False
-        raise
+    return all(cached_pages(descriptor, place, 1) for place in (offset, offset + size // 2, offset + size - 1))
 
 
 def _fill(view: memoryview, source: SourceFile, descriptor: int, offset: int) -> None:
