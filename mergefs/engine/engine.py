@@ -191,14 +191,18 @@ class Engine:
         """Yield views into the blocks that hold the bytes ``begin`` to ``end`` of a tensor.
 
         With ``into``, memory for these bytes, no block that lies there as a whole is kept in the cache; it may have
-        been computed in its place there.
+        been computed in its place there. What lies there in part is kept until somebody takes the rest.
         """
         step = tensor.grid.step * tensor.dtype.itemsize
         for block in range(begin // step, -(-end // step)):
             first, last = block * step, min((block + 1) * step, tensor.nbytes)
             whole = begin <= first and last <= end
-            room = into[first - begin : last - begin] if into is not None and whole else None
-            data = self._block(tensor, block, purpose, room)
+            if into is None:
+                data = self._block(tensor, block, purpose)
+            elif whole:
+                data = self._block(tensor, block, purpose, into[first - begin : last - begin])
+            else:
+                data = self._edge(tensor, block, purpose)
             yield data[max(begin - first, 0) : end - first]
 
     def _block(self, tensor: TensorPlan, block: int, purpose: Purpose, into: Raw | None = None) -> Raw:
@@ -211,6 +215,12 @@ class Engine:
             return self._reserved(tensor, block, purpose, into)
         compute = partial(self._reserved, tensor, block, purpose)
         return self._resources.cache.get(self._key(tensor, block), compute)
+
+    def _edge(self, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
+        """Return a block that lies in two ranges of somebody who comes by once: it is kept until wanted twice."""
+        self.prepare_tensor(tensor.name)
+        compute = partial(self._reserved, tensor, block, purpose)
+        return self._resources.cache.get_source(("edge", self._key(tensor, block)), compute, users=2)
 
     def _key(self, tensor: TensorPlan, block: int) -> Hashable:
         """Return what the cache knows a block by.
