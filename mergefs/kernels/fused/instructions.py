@@ -20,6 +20,7 @@ _SIGN = 0x80000000
 _INFINITY = 0x7F800000
 _HALF_SMALLEST_NORMAL = 0x38800000  # 2**-14
 _HALF_FIRST_OVERFLOW = 0x477FF000  # 65520, the least that rounds to infinity
+_TO_READ, _NEAREST, _DATA = 0, 3, 1  # of LLVM's prefetch
 _EXPONENT_GAP = 0x38000000  # between the exponent biases of float32 and float16
 
 
@@ -222,6 +223,23 @@ def loaded(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
         return widen(context, builder, element)
 
     return types.float32(types.uint64, types.uint64, like), generate
+
+
+@_instruction
+def prefetched(typing_context: Any, address: Any, index: Any, like: Any) -> Any:
+    """Begin to bring what lies around element ``index`` (uint64) of the bytes at ``address`` (uint64) near the CPU."""
+    storage, _ = _WIDEN[like.dtype]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        octets = ir.IntType(8).as_pointer()
+        pointer = builder.gep(builder.inttoptr(arguments[0], storage.as_pointer()), [arguments[1]])
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [octets], ir.FunctionType(ir.VoidType(), [octets, _INT32, _INT32, _INT32])
+        )
+        builder.call(prefetch, [builder.bitcast(pointer, octets), *map(_int32, (_TO_READ, _NEAREST, _DATA))])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, like), generate
 
 
 @_instruction

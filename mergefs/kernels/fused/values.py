@@ -23,6 +23,14 @@ def loaded(address: Any, index: Any, like: Any) -> Any:
 
 
 @instruction
+def prefetched(address: Any, index: Any, like: Any) -> Any:
+    """Begin to bring what lies around element ``index`` (uint64) of the bytes at ``address`` (uint64) near the CPU.
+
+    It may lie anywhere, also where nothing is.
+    """
+
+
+@instruction
 def byte_at(address: Any, index: Any) -> Any:
     """Return byte ``index`` (uint64) of those at ``address`` (uint64)."""
 
