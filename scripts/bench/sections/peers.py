@@ -25,10 +25,17 @@ _COLUMNS = (
 )
 
 
+_LEAST = 0.2
+"""Of the start: what is less beyond it is lost in how the start varies."""
+
+
 def net(results: Results, method: str, row: str, way: str) -> float | None:
-    """Return the median of a way with the start of its program taken off; None where one of them was not measured."""
+    """Return the median of a way with the start of its program taken off.
+
+    None where one of them was not measured, or where next to nothing is left.
+    """
     whole, start = results.median(row, way), results.median(start_of(method), way)
-    return None if whole is None or start is None or whole <= start else whole - start
+    return None if whole is None or start is None or whole - start < _LEAST * start else whole - start
 
 
 def section(setting: Setting, results: Results) -> str:
@@ -58,7 +65,8 @@ def _introduction(setting: Setting) -> str:
         "`mergefs materialize` with a new catalog, *warm* with one that `mergefs analyze` has filled; reads are "
         "verified and what is written is synced, as by default. mergekit syncs nothing. *copying* reads the same "
         "inputs with `cat` and writes as many bytes with `dd` and the same syncs. Files are in the page cache. "
-        "*faster by* compares without the start of each program, *end to end* with it.\n\n"
+        "*faster by* compares without the start of each program, *end to end* with it; a dash stands where what is "
+        "left of either is less than a fifth of its start, which varies by as much.\n\n"
         f"mergekit runs as `mergekit-yaml RECIPE OUT {options}`, without a network.\n"
     )
 
