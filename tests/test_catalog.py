@@ -31,6 +31,7 @@ from mergefs.catalog.records import (
     TransactionRecord,
 )
 from mergefs.errors import CatalogError
+from mergefs.mount.serving_catalog import ServingCatalog
 
 KEYS = st.binary(min_size=1, max_size=32)
 
@@ -313,3 +314,27 @@ def test_a_writer_that_is_killed_leaves_a_catalog_of_whole_transactions(tmp_path
     assert store.get("a", b"key") in (str(last).encode() * 1000, str(last + 1).encode() * 1000)
     store.write([("a", b"key", b"on it goes")])
     store.close()
+
+
+# As a mount uses it ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mount_tells_once_that_nothing_is_kept_until_something_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ServingCatalog(tmp_path) as catalog:
+        catalog.serving = True
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog._environment, "write", refuse)
+            for key in (b"a", b"b"):
+                catalog.keep_number(key, 0.1)
+                assert not catalog.flush()
+                assert not catalog.flush()  # another thread, which finds nothing left, has not kept anything
+            assert caplog.text.count("what is found out is not kept") == 1
+        catalog.keep_number(b"a", 0.1)
+        assert catalog.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog._environment, "write", refuse)
+            catalog.keep_number(b"b", 0.1)
+            assert not catalog.flush()
+        assert caplog.text.count("what is found out is not kept") == 2

@@ -196,14 +196,18 @@ class Catalog:
         """Keep a statistic that is several numbers at the next flush."""
         self._keep("vectors", key, record, about)
 
-    def flush(self) -> None:
-        """Write everything that waits to be kept, in one transaction. Who looks it up here has found it before."""
+    def flush(self) -> bool:
+        """Write everything that waits to be kept, in one transaction, and return whether there was anything.
+
+        Who looks it up here has found it before.
+        """
         with self._flushing:
             with self._pending_lock:
                 self._being_written, self._pending = self._pending, {}
             try:
                 if self._being_written:
                     self._environment.write([(*where, value) for where, value in self._being_written.items()])
+                return bool(self._being_written)
             finally:
                 with self._pending_lock:
                     self._being_written = {}

@@ -24,12 +24,14 @@ class ServingCatalog(Catalog):
         self.serving = False
         self._told = False
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Write everything that waits to be kept, or let it go."""
-        if self._pending:
-            with self._forgiving():
-                super().flush()
+        written = False
+        with self._forgiving():
+            written = super().flush()
+            if written:  # and not by another thread, which may just have failed to
                 self._told = False
+        return written
 
     def keep_checkpoint(self, local_identity: str, record: CheckpointRecord) -> None:
         """Write down that a checkpoint was seen, or let it go."""
