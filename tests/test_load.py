@@ -16,6 +16,7 @@ from mount_load import CACHE, IDLE_THREADS, SOURCE_FILES, VARIANTS, LoadedModels
 from mounting import DEADLINE, Mount, environment, mounted_recipes, run_mergefs, wait_for
 
 from mergefs.catalog import Catalog
+from mergefs.mount.kernel_window import KERNEL_WINDOW
 from mergefs.mount.mountinfo import find_mount
 from mergefs.mount.unmount import read_status, unmount
 
@@ -73,21 +74,30 @@ def served(mount: Mount, name: str) -> int:
 _FAULT: Final = """
 import mmap, sys
 with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-    mapping[len(mapping) // 2]
+    mapping[int(sys.argv[2])]
 """
 
 
+_DELAY: Final = 0.3
+"""Seconds of each read of a source, so that a reader is killed while it waits."""
+
+
 def test_a_reader_that_is_killed_in_a_page_fault_leaves_nothing_behind(models: LoadedModels, tmp_path: Path) -> None:
-    with mounted(models, tmp_path, delay=0.3) as mount:
+    with mounted(models, tmp_path, delay=_DELAY) as mount:
         server, path = Server(mount.pid), mount.mountpoint / "arithmetic" / WEIGHTS
         path.stat()
         descriptors = server.descriptors
-        for _ in range(3):
+        for part in range(1, 4):  # each where nothing has been computed so far
+            place = path.stat().st_size * part // 4
             misses = served(mount, "cache_misses")
-            with subprocess.Popen([sys.executable, "-c", _FAULT, path]) as reader:
+            with subprocess.Popen([sys.executable, "-c", _FAULT, path, str(place)]) as reader:
                 wait_for(lambda: served(mount, "cache_misses") > misses, "a read that has begun")  # noqa: B023
                 reader.kill()
             assert reader.returncode == -signal.SIGKILL
+            models.disk.set("*", delay=0.0)
+            with path.open("rb", buffering=0) as file:  # until nothing is left of what was asked for around the place
+                os.pread(file.fileno(), 2 * KERNEL_WINDOW, place - KERNEL_WINDOW)
+            models.disk.set("*", delay=_DELAY)
         models.disk.set("*", delay=0.0)
         assert fresh(path) == (models.expected / "arithmetic" / WEIGHTS).read_bytes()
         wait_for(lambda: server.threads <= IDLE_THREADS, "the server's threads to end")
