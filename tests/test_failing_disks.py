@@ -15,8 +15,8 @@ from checkpoints import Family, family
 from faulty_files import FaultyFiles, faulty_files
 from recipes import MERGES, write_recipe
 from sentences import REMEDY
+from workspaces import workspace
 
-from mergefs.catalog import Catalog
 from mergefs.checkpoint.checkpoint import open_checkpoint
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError, SourceChangedError, SourceReadError
@@ -50,15 +50,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "CHUNK", PIECE)
     monkeypatch.setattr(durability, "SYNC_BYTES", PIECE)
-
-
-@contextmanager
-def workspace() -> Iterator[Workspace]:
-    resources = Workspace.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
-    try:
-        yield resources
-    finally:
-        resources.close()
 
 
 def plan_of(recipe: Path, resources: Workspace) -> MergePlan:

@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,9 +17,9 @@ from hypothesis import strategies as st
 from mounting import environment
 from recipes import MERGES, write_recipe
 from sentences import Said, said_by
+from workspaces import workspace
 
 from mergefs.catalog import Catalog
-from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError, VerificationError
 from mergefs.materialize import durability, output, weights
 from mergefs.materialize import run as run_module
@@ -51,15 +50,6 @@ def recipe(models: Family, tmp_path: Path) -> Path:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "place" / "out"
-
-
-@contextmanager
-def workspace() -> Iterator[Workspace]:
-    resources = Workspace.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
-    try:
-        yield resources
-    finally:
-        resources.close()
 
 
 def write(

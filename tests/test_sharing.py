@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from recipes import MERGES, write_document, write_recipe
 from sentences import said_by
 from sharing_disks import SHARING, lose_power, sharing_disk
+from workspaces import workspace
 
-from mergefs.catalog import Catalog
 from mergefs.checkpoint.header import ShardHeader
 from mergefs.checkpoint.source import Fingerprint, Shard
-from mergefs.engine.workspace import Workspace
 from mergefs.errors import SourceChangedError
 from mergefs.materialize import durability, output, sharing, weights
 from mergefs.materialize.journal import read_journal
@@ -113,15 +112,6 @@ def passed_through(tmp_path: Path, models: Family) -> Path:
 
 def merged(tmp_path: Path, models: Family) -> Path:
     return write_recipe(tmp_path / "ties.yml", MERGES["ties"], models)
-
-
-@contextmanager
-def workspace() -> Iterator[Workspace]:
-    resources = Workspace.create(Catalog(Path(os.environ["MERGEFS_CATALOG"])))
-    try:
-        yield resources
-    finally:
-        resources.close()
 
 
 def write(

@@ -34,8 +34,6 @@ _PYTHON: Final[dict[types.Scalar, Callable[[Any], Any]]] = {
 }
 _RESULT: Final = ctypes.create_string_buffer(16)
 """Kernels write into it that they return nothing, all of them the same. It must live as long as they are called."""
-
-
 _ADDRESS: Final = ctypes.addressof(_RESULT)
 
 
@@ -44,7 +42,7 @@ class CompiledKernel:
 
     def __init__(self, name: str, address: int, signature: types.Signature) -> None:
         self._name = name
-        prototype = ctypes.CFUNCTYPE(ctypes.c_int32, _POINTER, _POINTER, *map_types(signature))
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int32, _POINTER, _POINTER, *_types_of_numbers(signature))
         self._entry = prototype(address)
         self._takes = tuple(map(_taking, signature))
 
@@ -63,7 +61,7 @@ class CompiledKernel:
             raise RuntimeError(f"the kernel {self._name} ended with status {status}")
 
 
-def map_types(signature: types.Signature) -> list[Any]:
+def _types_of_numbers(signature: types.Signature) -> list[Any]:
     """Return the types of C of all numbers that arguments are handed over as."""
     found: list[Any] = []
     for one in signature:

@@ -29,11 +29,11 @@ class MachineCode:
 
 def load(machine_code: MachineCode) -> int:
     """Return the address of a kernel that stays in this process. Raises OSError where something that it calls lacks."""
-    target = _target_machine()
+    machine = _target().create_target_machine(jit=True, codemodel="jitdefault")
     for name in machine_code.calls:
         if llvm.address_of_symbol(name) is None:
             raise OSError(f"compiled code calls {name!r}, which this process does not have")
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target())
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code.code))
     engine.finalize_object()
     _LOADED.append(engine)
@@ -46,14 +46,13 @@ _LOADED: Final[list[Any]] = []
 
 
 @cache
-def _target_machine() -> Any:
-    """Return what makes LLVM ready to place code of this machine in memory."""
+def _target() -> Any:
+    """Return the kind of this machine, once LLVM is ready to place code for it in memory."""
     with suppress(RuntimeError):  # of versions that are ready when they are imported
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_triple(llvm.get_process_triple())
-    return lambda: target.create_target_machine(jit=True, codemodel="jitdefault")
+    return llvm.Target.from_triple(llvm.get_process_triple())
 
 
 @cache
