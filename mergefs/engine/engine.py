@@ -128,7 +128,7 @@ class Engine:
             self._resources.reader.forget(stored.shard, stored.tensor)
 
     def will_read(self, name: str, offset: int, size: int) -> None:
-        """Let the system begin to read what a range of a weight file is computed from."""
+        """Have the system hold what a range of a weight file is computed from."""
         file = self._files[name]
         position, end = max(offset, len(file.header)), min(offset + size, file.size)
         while position < end:

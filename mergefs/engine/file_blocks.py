@@ -34,7 +34,7 @@ class FileBlocks:
         return self.size if end >= first + _GONE_ON else first
 
     def will_read(self, begin: int, end: int) -> None:
-        """Let the system begin to read what a range is computed from."""
+        """Have the system hold what a range is computed from."""
         self.engine.will_read(self.name, begin, end - begin)
 
     def compute(self, position: int) -> None:

@@ -30,6 +30,7 @@ class InputReader:
 
     def __init__(self, reader: SourceReader, tally: Tally, from_the_middle: bool = False) -> None:
         self._reader = reader
+        self._whole_reader = reader.of_whole_tensors()
         self._tally = tally
         self._from_the_middle = from_the_middle
         self._lock = threading.Lock()
@@ -93,10 +94,11 @@ class InputReader:
     def bytes_at(self, place: Place, tensor: TensorPlan, block: int, purpose: Purpose) -> Raw:
         """Return the bytes of a block at one place."""
         start, stop = tensor.grid.bounds(block)
-        return place.read(self._reader, start, stop, purpose)
+        reader = self._reader if tensor.selection is not None else self._whole_reader
+        return place.read(reader, start, stop, purpose)
 
     def will_read(self, tensor: TensorPlan, start: int, stop: int) -> None:
-        """Let the system begin to read the elements ``start`` to ``stop`` of every input that is read as a whole."""
+        """Have the system hold the elements ``start`` to ``stop`` of every input that is read as a whole."""
         if tensor.selection is None:
             for place in tensor.places:
                 place.will_read(self._reader, start, stop)

@@ -73,7 +73,7 @@ def materialize(
 ) -> Materialized:
     """Write the model of ``plan`` to ``destination``, which appears complete or not at all.
 
-    At most ``threads`` compute at a time, as many as there are processors where that is None.
+    At most ``threads`` compute at a time, ``default_threads`` where that is None.
 
     Raises MaterializeError when the destination is in the way or the disk fails, NonFiniteError and SourceChangedError
     for what the sources do; the destination is then as it was, and what is finished is kept for a run that resumes.
@@ -186,8 +186,11 @@ def _result(run: Run, order: Order, resources: Resources, started: float) -> Mat
 
 
 def default_threads() -> int:
-    """Return how many threads compute where nobody says: one for each processor."""
-    return usable_processors()
+    """Return how many threads compute where nobody says: one more than there are processors.
+
+    It fills the moments in which one of the others waits for Python, a tenth of the time of a merge that computes little.
+    """
+    return usable_processors() + 1
 
 
 def _holds(destination: Path, plan: MergePlan, catalog: Catalog) -> bool:

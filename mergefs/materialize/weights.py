@@ -22,7 +22,7 @@ from mergefs.planner.plan import OutputFile
 
 CHUNK: Final = 8 * PIECE
 _READ_AHEAD: Final = 2 * CHUNK
-"""How far ahead the disk is told what will be read, beside the chunks that wait for a thread already."""
+"""How far ahead of a chunk the disk is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,13 @@ class WeightFile:
         yield from range(0, self._file.size, CHUNK)
 
     def announce(self, offset: int) -> None:
-        """Let what a chunk needs be on its way, and what those behind it need."""
+        """Have what a chunk needs in memory, and let what those behind it need be on its way."""
         if self._proven:  # by an earlier run, so that perhaps nothing is needed
             return
         for name in self._tensors_in(offset):
             self._preparation.reach(name)
-        self._files.engine.will_read(self._file.name, offset + _READ_AHEAD, CHUNK)
+        begin = 0 if offset == 0 else offset + _READ_AHEAD
+        self._files.engine.will_read(self._file.name, begin, offset + _READ_AHEAD + CHUNK - begin)
 
     def make(self, offset: int) -> Chunk:
         """Bring a chunk into the file, and return it; any thread may do that.

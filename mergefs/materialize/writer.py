@@ -72,7 +72,9 @@ class _Job:
     file: WeightFile
     offset: int
 
-    def make(self) -> Chunk:
+    def make(self, announced: Future[None]) -> Chunk:
+        """Make the chunk when what it is made from is there: else threads would read the disk in disorder."""
+        announced.result()
         return self.file.make(self.offset)
 
 
@@ -273,8 +275,8 @@ def _go_through(writers: Sequence[ModelWriter], workshop: _Workshop) -> None:
 
     try:
         for job in _in_step(writers, workshop):
-            workshop.reading_ahead.submit(job.file.announce, job.offset)
-            under_way.append((job, workshop.pool.submit(job.make)))
+            announced = workshop.reading_ahead.submit(job.file.announce, job.offset)
+            under_way.append((job, workshop.pool.submit(job.make, announced)))
             if len(under_way) >= workshop.ahead:
                 take_next()
         while under_way:

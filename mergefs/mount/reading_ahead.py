@@ -50,7 +50,7 @@ class FileBlocks(Protocol):
         """Return how far may be computed ahead of a reader that has read from ``begin`` to ``end`` so far."""
 
     def will_read(self, begin: int, end: int) -> None:
-        """Let the system begin to read what a range is computed from."""
+        """Have the system hold what a range is computed from."""
 
     def compute(self, position: int) -> None:
         """Have the block that has the byte at ``position`` in the cache, unless it is a copy of a source's."""

@@ -90,7 +90,7 @@ class Place(ABC):
             part.prepare()
 
     def will_read(self, reader: SourceReader, start: int, stop: int) -> None:  # noqa: B027 (nothing is right for most)
-        """Let the system begin to read what these elements (flat indices) are computed from, where that is easy."""
+        """Have the system hold what these elements (flat indices) are computed from, where that is easy."""
 
     @property
     def elements(self) -> int:
@@ -148,7 +148,7 @@ class StoredTensor(Place):
 
     def will_read(self, reader: SourceReader, start: int, stop: int) -> None:
         """They lie side by side in the file."""
-        reader.will_read(self.shard, self.tensor, start, stop, self._counted_as(Purpose.EXPERT))
+        reader.will_read(self.shard, self.tensor, start, stop)
 
     def read_kept(self, reader: SourceReader, purpose: Purpose) -> Raw:
         """Return all bytes, read once and kept for other blocks, as an array that must not be written to."""

@@ -6,6 +6,7 @@ are held against them. What cannot be read becomes one of two errors: the file c
 that may pass, so it is tried again first.
 """
 
+import copy
 import errno
 import logging
 import os
@@ -24,9 +25,9 @@ from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
 from mergefs.errors import MergefsError, SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
+from mergefs.sources.filling import PageCacheFiller
 from mergefs.sources.holding import HeldBlocks
 from mergefs.sources.ledger import Ledger, Purpose
-from mergefs.sources.page_cache import cached_pages
 from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 
@@ -37,14 +38,17 @@ SourceFile = Shard | AuxiliaryFile
 _KEPT_BYTES = 64 * 2**20
 """For what whole tensors need again for each of their blocks: enough for the factors of several adapters at a time."""
 
-_ADVICE = {
-    Purpose.EXPERT: os.POSIX_FADV_RANDOM,  # or read-ahead reads half as much again as the budget pays for
-    Purpose.EXPERT_AGAIN: os.POSIX_FADV_RANDOM,
+_WHOLE = {
+    Purpose.EXPERT: os.POSIX_FADV_NORMAL,
+    Purpose.EXPERT_AGAIN: os.POSIX_FADV_NORMAL,
     Purpose.BASE: os.POSIX_FADV_NORMAL,
     Purpose.ANALYSIS: os.POSIX_FADV_SEQUENTIAL,
     Purpose.AUXILIARY: os.POSIX_FADV_NORMAL,
 }
-
+_IN_PARTS = _WHOLE | dict.fromkeys((Purpose.EXPERT, Purpose.EXPERT_AGAIN), os.POSIX_FADV_RANDOM)
+"""Or read-ahead reads half as much again as the budget pays for."""
+_FILLING = -1
+"""Where the advice to the system would stand of a file that is brought into its cache in order, by its own descriptor."""
 
 _PAUSES = (0.05, 0.2, 0.5)
 """Seconds to wait before a read that has failed is tried again, each time: whoever maps a mount dies of an error."""
@@ -100,6 +104,17 @@ class SourceReader:
         self._files: OrderedDict[_Key, _OpenFile] = OrderedDict()
         self._kept = BlockCache(_KEPT_BYTES)
         self._paid: set[tuple[Path, Fingerprint, int, int]] = set()
+        self._filler = PageCacheFiller()
+        self._advice = _IN_PARTS
+
+    def of_whole_tensors(self) -> "SourceReader":
+        """Return this reader for those who read experts as a whole, so that the system may read ahead for them.
+
+        Files, memory and accounts are the same.
+        """
+        other = copy.copy(self)
+        other._advice = _WHOLE
+        return other
 
     def read(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
         """Return ``size`` bytes of ``source`` from ``offset``, as a fresh writable array.
@@ -115,16 +130,16 @@ class SourceReader:
         buffer: Raw = np.empty(total, dtype=np.uint8)
         for pause in _PAUSES:
             try:
-                self._fill(buffer, source, pieces, _ADVICE[purpose])
+                self._fill(buffer, source, pieces, self._advice[purpose])
                 break
             except SourceReadError as error:
                 if not _may_pass(error):
                     raise
                 _LOG.warning("%s; trying again", error)
-            self._give_up((source.path, source.fingerprint, _ADVICE[purpose]))
+            self._give_up((source.path, source.fingerprint, self._advice[purpose]))
             time.sleep(pause)
         else:
-            self._fill(buffer, source, pieces, _ADVICE[purpose])
+            self._fill(buffer, source, pieces, self._advice[purpose])
         self._ledger.record_read(purpose, total, source.path)
         return buffer
 
@@ -191,21 +206,18 @@ class SourceReader:
             users = 1 if self._shared is None else self._shared.users_of(shard)
             self._held.forget(shard, tensor, users)
 
-    def will_read(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> None:
-        """Let the system begin to read elements that are going to be read for ``purpose``, unless they are held.
+    def will_read(self, shard: Shard, tensor: TensorSource, start: int, stop: int) -> None:
+        """Have the system hold elements that are going to be read, unless they are held here.
 
-        Errors are left to who reads them.
+        It is read for that what the system does not hold, on nobody's account: whoever reads it pays for it then.
+        Errors are left to them, too.
         """
         if self._held is not None and self._held.has(shard, tensor):
             return
         itemsize = tensor.dtype.itemsize
-        begin, size = tensor.offset + start * itemsize, (stop - start) * itemsize
-        with suppress(MergefsError, OSError), self._borrow(shard, _ADVICE[purpose]) as descriptor:
-            cached = False
-            with suppress(OSError):
-                cached = _is_cached(descriptor, begin, size)
-            if not cached:  # or looking at every page would cost as much as hashing them
-                os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+        begin, end = tensor.offset + start * itemsize, tensor.offset + stop * itemsize
+        with suppress(MergefsError, OSError), self._borrow(shard, _FILLING) as descriptor:
+            self._filler.fill((shard.path, shard.fingerprint), descriptor, begin, end)
 
     @contextmanager
     def lend(self, source: SourceFile) -> Iterator[int]:
@@ -270,14 +282,6 @@ class SourceReader:
             os.close(self._files.pop(key).descriptor)
 
 
-def _is_cached(descriptor: int, offset: int, size: int) -> bool:
-    """Return whether a range of a file seems to lie in the page cache: whether its beginning, middle and end do.
-
-    Files are read into it by runs of pages. Raises OSError where the system cannot tell.
-    """
-    return all(cached_pages(descriptor, place, 1) for place in (offset, offset + size // 2, offset + size - 1))
-
-
 def _fill(view: memoryview, source: SourceFile, descriptor: int, offset: int) -> None:
     """Read the bytes from ``offset`` on into all of ``view``."""
     done = 0
@@ -320,7 +324,7 @@ def _open_checked(source: SourceFile, advice: int) -> int:
         raise _gone(source, error) from error
     try:
         _compare(source, os.fstat(descriptor))
-        os.posix_fadvise(descriptor, 0, 0, advice)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL if advice == _FILLING else advice)
     except BaseException:
         os.close(descriptor)
         raise
