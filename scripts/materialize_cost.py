@@ -16,18 +16,18 @@ import numpy as np
 _WITHOUT: Final = """
 import os, sys
 from mergefs.cli import main
-from mergefs.materialize import tensor_hashes, weights
+from mergefs.materialize import file_hashes, pieces
 
 class Nothing:
     def __init__(self, *_): pass
     def update(self, *_): pass
-    def finish(self): return bytes(24)
+    def hexdigest(self): return "0" * 64
 
 if "sync" in sys.argv[1]:
     os.fsync = lambda descriptor: None
 if "hashes" in sys.argv[1]:
-    tensor_hashes.ContentHasher = Nothing
-    weights.hash_pieces = lambda data: ("0" * 64,) * -(-len(data) // weights.PIECE)
+    file_hashes.blake3 = Nothing
+    pieces.Pieces.hashes = lambda self, numbers, view: ("0" * 64,) * len(numbers)
 sys.exit(main(sys.argv[2:]))
 """
 """Runs a command without what its first argument names. Nobody can ask for that but here."""

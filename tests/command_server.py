@@ -14,7 +14,6 @@ from typing import Any
 
 from mergefs.cli import main
 from mergefs.materialize import durability, weights
-from mergefs.materialize.manifest import PIECE
 
 
 def run(request: dict[str, Any]) -> int:
@@ -41,7 +40,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     print(run(json.loads(sys.stdin.readline())), file=answers)
     # A model of a few pieces then is many steps: each is written, synced and told to the journal on its own.
-    weights.CHUNK = durability.SYNC_BYTES = PIECE  # type: ignore[misc]
+    weights.CHUNK = durability.SYNC_BYTES = 2**20  # type: ignore[misc]
     for line in sys.stdin:
         gate, opener = os.pipe()
         pid = os.fork()

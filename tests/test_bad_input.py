@@ -604,9 +604,9 @@ VERIFICATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest of a newer format": (
         lambda directory: (directory / "mergefs.manifest.json").write_text(
-            (directory / "mergefs.manifest.json").read_text().replace('"format": 4', '"format": 5')
+            (directory / "mergefs.manifest.json").read_text().replace('"format": 5', '"format": 6')
         ),
-        r"mergefs.manifest.json: has format 5",
+        r"mergefs.manifest.json: has format 6",
     ),
 }
 

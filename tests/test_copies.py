@@ -16,6 +16,7 @@ from recipes import MERGES, write_document, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentences import said_by
+from weight_pieces import MIB
 
 from mergefs.catalog import Catalog
 from mergefs.checkpoint.header import encode_header
@@ -25,7 +26,7 @@ from mergefs.engine.workspace import Workspace
 from mergefs.kernels.precision import Raw
 from mergefs.materialize import durability, weights
 from mergefs.materialize import run as run_module
-from mergefs.materialize.manifest import PIECE, manifest_hash, read_manifest
+from mergefs.materialize.manifest import manifest_hash, read_manifest
 from mergefs.materialize.sharing import file_copies
 from mergefs.planner.build import PlanOptions, make_plan
 from mergefs.planner.copies import copies
@@ -256,8 +257,8 @@ def test_work_on_files_that_were_cut_otherwise_is_not_gone_on_with(
     moved: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pieces would lie at other places: all of it is written anew."""
-    monkeypatch.setattr(weights, "CHUNK", PIECE)
-    monkeypatch.setattr(durability, "SYNC_BYTES", PIECE)
+    monkeypatch.setattr(weights, "CHUNK", MIB)
+    monkeypatch.setattr(durability, "SYNC_BYTES", MIB)
     recipe, out = write_recipe(tmp_path / "recipe.yml", MERGES["ties"], moved), tmp_path / "out"
     expected = moved.base.parent / "expected"
     for number, cut in enumerate([False, True]):

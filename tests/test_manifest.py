@@ -16,6 +16,7 @@ from damage import flip_bit
 from recipes import MERGES, write_document, write_recipe
 from safetensors import safe_open
 from sentences import said_by
+from weight_pieces import MIB, cuts, piece_at, piece_hashes
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
@@ -23,7 +24,7 @@ from mergefs.checkpoint.dtypes import BF16
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import UsageError, VerificationError
 from mergefs.materialize import weights
-from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, read_manifest
+from mergefs.materialize.manifest import MANIFEST_NAME, read_manifest
 from mergefs.materialize.materialize import Interrupted, materialize
 from mergefs.materialize.recomputing import Sample, recompute, verify_deep
 from mergefs.materialize.verify import find_damage, verify
@@ -81,9 +82,8 @@ def test_it_has_the_hash_of_every_piece_and_every_tensor(written: Path) -> None:
     assert sorted(manifest.files) == sorted(p.name for p in written.iterdir() if p.name != MANIFEST_NAME)
     for name, entry in manifest.files.items():
         content = (written / name).read_bytes()
-        pieces = [blake3(content[begin : begin + PIECE]).hexdigest() for begin in range(0, len(content), PIECE)]
-        of_pieces = b"".join(map(bytes.fromhex, pieces))
-        expected = (pieces, of_pieces) if name.endswith(".safetensors") else ([], content)
+        pieces = piece_hashes(content) if name.endswith(".safetensors") else []
+        expected = (pieces, b"".join(map(bytes.fromhex, pieces)) if pieces else content)
         assert (list(entry.pieces), entry.blake3) == (expected[0], blake3(expected[1]).hexdigest())
     seen = set()
     for path in written.glob("*.safetensors"):
@@ -113,7 +113,7 @@ def test_the_written_model_has_the_identity_that_the_manifest_tells(written: Pat
 def test_nothing_of_the_time_or_the_machine_is_in_what_is_hashed(written: Path) -> None:
     content = json.loads((written / MANIFEST_NAME).read_bytes())
     assert set(content) == {
-        *("format", "manifest", "plan_id", "contents", "content", "mergefs_version", "piece_bytes"),
+        *("format", "manifest", "plan_id", "contents", "content", "mergefs_version"),
         *("cost", "files", "tensors"),
     }
     cost = {"expert_bytes_planned": 1, "expert_bytes_read": 2, "base_bytes_read": 3}
@@ -139,7 +139,7 @@ def test_chunks_threads_caches_shards_places_and_catalogs_make_no_difference(
         recipe = write_recipe(place / "recipe.yml", merge, relative)
         monkeypatch.chdir(place)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, workers=workers: set(range(workers)))
-        monkeypatch.setattr(weights, "CHUNK", chunk * PIECE)
+        monkeypatch.setattr(weights, "CHUNK", chunk * MIB)
         said = said_by(
             "--catalog", place / "catalog", "materialize", "--memory", f"{600 + chunk}MiB", recipe.name, "out"
         )
@@ -294,7 +294,7 @@ def test_every_single_flipped_bit_is_found_and_its_piece_and_tensor_are_named(ou
     files = {name: entry.size for name, entry in manifest.files.items()}
     chance = random.Random(7)
     for _ in range(FLIPS):
-        name = chance.choices(list(files), [min(size, PIECE) for size in files.values()])[0]
+        name = chance.choices(list(files), [min(size, MIB) for size in files.values()])[0]
         byte = chance.randrange(files[name])
         bit = 8 * byte + chance.randrange(8)
         flip_bit(out / name, bit)
@@ -302,12 +302,8 @@ def test_every_single_flipped_bit_is_found_and_its_piece_and_tensor_are_named(ou
         flip_bit(out / name, bit)
         assert damage.file == out / name
         if manifest.files[name].pieces:
-            holders = [
-                tensor
-                for tensor, entry in manifest.tensors.items()
-                if entry.file == name and entry.offset <= byte < entry.offset + entry.size
-            ]
-            assert (damage.piece, list(damage.tensors)) == (byte // PIECE, holders)
+            number, tensor = piece_at((out / name).read_bytes(), byte)
+            assert (damage.piece, damage.tensors) == (number, () if tensor is None else (tensor,))
     assert verify(out).manifest == manifest.manifest
 
 
@@ -316,7 +312,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def flip(directory: Path) -> None:
-    flip_bit(shards(directory)[1], 8 * (PIECE + 77))
+    flip_bit(shards(directory)[1], 8 * (MIB + 77))
 
 
 def flip_in_header(directory: Path) -> None:
@@ -328,7 +324,7 @@ def flip_in_small_file(directory: Path) -> None:
 
 
 def cut(directory: Path) -> None:
-    os.truncate(shards(directory)[0], PIECE)
+    os.truncate(shards(directory)[0], MIB)
 
 
 def lengthen(directory: Path) -> None:
@@ -360,11 +356,11 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def forge_piece(directory: Path) -> None:
-    """Change a weight file and the hash of its piece in the manifest."""
+    """Change a weight file and the hashes of its pieces in the manifest."""
     path = shards(directory)[0]
     flip_bit(path, 8 * 50_000)
-    forged = blake3(path.read_bytes()[:PIECE]).hexdigest()
-    edit(directory, lambda content: content["files"][path.name]["pieces"].__setitem__(0, forged))
+    forged = piece_hashes(path.read_bytes())
+    edit(directory, lambda content: content["files"][path.name].__setitem__("pieces", forged))
 
 
 def forget_file(directory: Path) -> None:
@@ -376,7 +372,7 @@ def forge_plan(directory: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a flipped bit": (flip, r"model-00002-of-.* is damaged in tensor '.+', piece 1 \(bytes 1048576 to \d+\): "),
+    "a flipped bit": (flip, r"model-00002-of-.* is damaged in tensor '.+', piece \d+ \(bytes \d+ to \d+\): "),
     "a flipped bit of a header": (flip_in_header, r"model-00001-of-.* is damaged in its header, piece 0 "),
     "a flipped bit of a small file": (flip_in_small_file, r"config.json: is damaged: its blake3 hash"),
     "a shorter file": (cut, r"model-00001-of-.* has 1048576 bytes and was written with"),
@@ -416,8 +412,9 @@ def test_all_damage_is_listed_on_request(out: Path) -> None:
         "generation_config.json",
         shards(out)[1].name,
     ]
-    assert [one["piece"] for one in listed] == [None, None, 1, None]
-    assert len(listed[2]["tensors"]) == 1
+    number, tensor = piece_at(shards(out)[1].read_bytes(), MIB + 77)
+    assert [one["piece"] for one in listed] == [None, None, number, None]
+    assert listed[2]["tensors"] == [tensor]
 
 
 def test_a_sound_model_says_so(out: Path) -> None:
@@ -462,22 +459,22 @@ def test_sources_that_give_something_else_are_found_and_restored(own: tuple[Path
 
 def test_a_sample_recomputes_only_so_much(own: tuple[Path, Path]) -> None:
     out, _ = own
-    size = (out / WEIGHTS).stat().st_size
-    pieces = -(-size // PIECE)
-    for text, expected in (("2", 2), ("50%", round(pieces / 2)), ("0.1%", 1), ("1000", pieces)):
+    sizes = sorted(end - begin for begin, end, _ in cuts((out / WEIGHTS).read_bytes()))
+    for text, expected in (("2", 2), ("50%", round(len(sizes) / 2)), ("0.1%", 1), ("1000", len(sizes))):
         shown = json.loads(said_by("verify", "--deep", "--sample", text, "--json", out).stdout)
-        assert 0 <= expected * PIECE - shown["recomputed_bytes"] < PIECE, text
+        assert sum(sizes[:expected]) <= shown["recomputed_bytes"] <= sum(sizes[-expected:]), text
 
 
 def test_a_sample_is_of_all_pieces(own: tuple[Path, Path], tmp_path: Path) -> None:
     out, _ = own
     resources = Workspace.create(Catalog(tmp_path / "catalog"))
-    flip_bit(out / WEIGHTS, 8 * (3 * PIECE + 1000))
-    found = [list(recompute(out, resources, sample=Sample(count=1), chance=random.Random(n))) for n in range(30)]
+    number, _ = piece_at((out / WEIGHTS).read_bytes(), 3 * MIB + 1000)
+    flip_bit(out / WEIGHTS, 8 * (3 * MIB + 1000))
+    found = [list(recompute(out, resources, sample=Sample(count=1), chance=random.Random(n))) for n in range(60)]
     resources.close()
     differing = [one for (one,) in found if not isinstance(one, int)]
-    assert 0 < len(differing) < 30
-    assert {one.piece for one in differing} == {3}
+    assert 0 < len(differing) < 60
+    assert {one.piece for one in differing} == {number}
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "0%", "101%", "a few", "1.5", "nan%"])

@@ -22,6 +22,7 @@ from blake3 import blake3
 from checkpoints import Family, family
 from mounting import environment
 from recipes import MERGES, write_recipe
+from weight_pieces import piece_hashes
 
 from mergefs.api import open_model
 from mergefs.catalog import Catalog
@@ -30,7 +31,7 @@ from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize import run as run_module
-from mergefs.materialize.manifest import MANIFEST_NAME, PIECE
+from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import Interrupted, Materialized, Order, materialize
 from mergefs.materialize.output import Buffers
 from mergefs.materialize.recomputing import verify_deep
@@ -85,8 +86,7 @@ def states() -> list[str]:
 def hash_of(name: str, content: bytes) -> str:
     """Return the hash of a file in a manifest: of one that has weights, that of the hashes of its pieces."""
     if name.endswith(".safetensors"):
-        pieces = (content[begin : begin + PIECE] for begin in range(0, len(content), PIECE))
-        content = b"".join(blake3(piece).digest() for piece in pieces)
+        content = b"".join(map(bytes.fromhex, piece_hashes(content)))
     return str(blake3(content).hexdigest())
 
 

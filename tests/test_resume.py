@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mounting import environment
 from recipes import MERGES, write_recipe
 from sentences import Said, said_by
+from weight_pieces import MIB
 from workspaces import workspace
 
 from mergefs.catalog import Catalog
@@ -24,7 +25,7 @@ from mergefs.errors import MaterializeError, VerificationError
 from mergefs.materialize import durability, output, weights
 from mergefs.materialize import run as run_module
 from mergefs.materialize.journal import Journal, Piece, Prepared, Read, Work, read_journal
-from mergefs.materialize.manifest import PIECE, manifest_hash
+from mergefs.materialize.manifest import manifest_hash
 from mergefs.materialize.materialize import Interrupted, Materialized, materialize
 from mergefs.materialize.staging import Staging, staging_path
 from mergefs.planner.build import PlanOptions, make_plan
@@ -68,22 +69,25 @@ def expected(recipe: Path, tmp_path: Path) -> str:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "CHUNK", 2 * PIECE)
-    monkeypatch.setattr(durability, "SYNC_BYTES", 4 * PIECE)
+    monkeypatch.setattr(weights, "CHUNK", 2 * MIB)
+    monkeypatch.setattr(durability, "SYNC_BYTES", 4 * MIB)
 
 
 @pytest.fixture
 def interrupted(recipe: Path, out: Path, small_steps: None, expected: str) -> Staging:
-    """Work of which 12 pieces are finished, and two more were just written when it was interrupted."""
+    """Work of which 12 MiB are finished, and two more were just written when it was interrupted.
+
+    The last piece of these 12 ends in what was not finished, so the last 2 MiB are not used again.
+    """
     interrupt(recipe, out, 13)
     return Staging(staging_path(out), out)
 
 
-def interrupt(recipe: Path, out: Path, pieces: int, **how: bool) -> None:
-    """Let a run be interrupted by Ctrl-C when it has written so many pieces behind what was finished before."""
+def interrupt(recipe: Path, out: Path, size: int, **how: bool) -> None:
+    """Let a run be interrupted by Ctrl-C when it has written so many MiB behind what was finished before."""
     real = output.write_all
     journal = read_journal(Staging(staging_path(out), out).journal)
-    last = ((0 if journal is None else journal.finished_pieces) + pieces - 1) * PIECE
+    last = (size - 1) * MIB + (0 if journal is None else journal.finished_bytes)
 
     def write_or_stop(descriptor: int, data: memoryview, offset: int | None = None) -> None:
         real(descriptor, data, offset)
@@ -112,7 +116,7 @@ def test_the_next_run_says_what_it_finds_and_leaves_it(interrupted: Staging, rec
     before = interrupted.journal.read_bytes()
     said = run(recipe, out)
     assert said.status == 1
-    assert f"{out}: an interrupted run has left 12.0 MiB of 26" in said.stderr
+    assert f"{out}: an interrupted run has left 11.7 MiB of 26" in said.stderr
     assert "go on with --resume, or throw that away and start anew with --fresh" in said.stderr
     assert interrupted.journal.read_bytes() == before
     assert not out.exists()
@@ -123,7 +127,7 @@ def test_an_interrupted_command_says_how_to_go_on(recipe: Path, out: Path, small
 
     def stop(descriptor: int, data: bytes, offset: int | None = None) -> None:
         real(descriptor, data, offset)
-        if offset == 6 * PIECE:
+        if offset == 6 * MIB:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -135,8 +139,8 @@ def test_an_interrupted_command_says_how_to_go_on(recipe: Path, out: Path, small
 
 def test_resuming_reads_only_what_is_left(interrupted: Staging, recipe: Path, out: Path, expected: str) -> None:
     result = write(recipe, out, Interrupted.RESUME)
-    assert result.reused_bytes == 12 * PIECE
-    assert result.totals.expert_bytes_read < 0.6 * 2 * result.bytes_written
+    assert result.reused_bytes == 10 * MIB
+    assert result.totals.expert_bytes_read < 0.65 * 2 * result.bytes_written
     assert result.manifest == expected == manifest_hash(out)
     assert list(out.parent.iterdir()) == [out]
     assert states() == ["committed", "committed"]  # the expected model, and this one: two runs, one transaction
@@ -171,7 +175,7 @@ def test_work_on_another_plan_is_neither_used_nor_lost(
     interrupted: Staging, models: Family, out: Path, tmp_path: Path
 ) -> None:
     other = write_recipe(tmp_path / "other.yml", MERGES["linear without a base"], models)
-    with pytest.raises(MaterializeError, match=r"interrupted run of another plan, \w+, has left 12.0 MiB of .*; throw"):
+    with pytest.raises(MaterializeError, match=r"interrupted run of another plan, \w+, has left 11.7 MiB of .*; throw"):
         write(other, out, Interrupted.RESUME)
     assert interrupted.journal.exists()
     assert write(other, out, Interrupted.DISCARD).reused_bytes == 0
@@ -187,9 +191,9 @@ def test_what_was_written_by_another_version_is_computed_anew(
 
 def test_interruptions_may_follow_each_other(interrupted: Staging, recipe: Path, out: Path, expected: str) -> None:
     for _ in range(3):
-        interrupt(recipe, out, 3)
+        interrupt(recipe, out, 5)
     result = write(recipe, out, Interrupted.RESUME)
-    assert result.reused_bytes == 18 * PIECE
+    assert result.reused_bytes == 16 * MIB
     assert result.manifest == expected
 
 
@@ -213,7 +217,7 @@ def test_a_model_that_an_interrupted_run_has_finished_after_all_is_checked_and_l
     assert (result.already_there, result.manifest) == (True, expected)
     said = run(recipe, out, "--resume")
     assert f"{out}: is complete already, and as it was written: manifest {expected}" in said.stdout
-    flip_bit(out / WEIGHTS, 8 * 5 * PIECE)
+    flip_bit(out / WEIGHTS, 8 * 5 * MIB)
     with pytest.raises(VerificationError, match="piece 5"):
         write(recipe, out, Interrupted.RESUME)
 
@@ -222,15 +226,15 @@ def test_a_model_that_an_interrupted_run_has_finished_after_all_is_checked_and_l
 
 
 def truncate(stage: Staging) -> None:
-    os.truncate(stage.model / WEIGHTS, 3 * PIECE + 7)
+    os.truncate(stage.model / WEIGHTS, 3 * MIB + 7)
 
 
 def lengthen(stage: Staging) -> None:
-    os.truncate(stage.model / WEIGHTS, 100 * PIECE)
+    os.truncate(stage.model / WEIGHTS, 100 * MIB)
 
 
 def flip(stage: Staging) -> None:
-    flip_bit(stage.model / WEIGHTS, 8 * (9 * PIECE + 5))
+    flip_bit(stage.model / WEIGHTS, 8 * (9 * MIB + 5))
 
 
 def lose(stage: Staging) -> None:
@@ -249,13 +253,13 @@ def add_files(stage: Staging) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Staging], None], int]] = {
-    "nothing": (lambda _: None, 12),
+    "nothing": (lambda _: None, 10),
     "truncated": (truncate, 2),
-    "longer": (lengthen, 12),
-    "a flipped bit": (flip, 10),
+    "longer": (lengthen, 10),
+    "a flipped bit": (flip, 8),
     "lost": (lose, 0),
     "a link": (replace_by_a_link, 0),
-    "other files": (add_files, 12),
+    "other files": (add_files, 10),
 }
 
 
@@ -263,10 +267,10 @@ DAMAGES: dict[str, tuple[Callable[[Staging], None], int]] = {
 def test_only_what_hashes_prove_is_used_again(
     interrupted: Staging, recipe: Path, out: Path, expected: str, damage: str
 ) -> None:
-    spoil, pieces = DAMAGES[damage]
+    spoil, reused = DAMAGES[damage]
     spoil(interrupted)
     result = write(recipe, out, Interrupted.RESUME)
-    assert result.reused_bytes == pieces * PIECE
+    assert result.reused_bytes == reused * MIB
     assert result.manifest == expected == manifest_hash(out)
     assert not (out / "deep").exists()
 
@@ -277,7 +281,7 @@ def test_a_journal_that_is_cut_off_anywhere_proves_what_is_whole_of_it(
     whole = interrupted.journal.read_bytes()
     interrupted.journal.write_bytes(whole[: len(whole) // 2])
     result = write(recipe, out, Interrupted.RESUME)
-    assert 0 < result.reused_bytes < 12 * PIECE
+    assert 0 < result.reused_bytes < 10 * MIB
     assert result.manifest == expected
 
 
@@ -291,7 +295,7 @@ def test_a_lost_catalog_loses_no_work(
 ) -> None:
     monkeypatch.setenv("MERGEFS_CATALOG", str(tmp_path / "another catalog"))
     result = write(recipe, out, Interrupted.RESUME)
-    assert (result.reused_bytes, result.manifest) == (12 * PIECE, expected)
+    assert (result.reused_bytes, result.manifest) == (10 * MIB, expected)
 
 
 def test_a_merge_without_a_finite_result_leaves_nothing_to_go_on_with(
@@ -303,7 +307,7 @@ def test_a_merge_without_a_finite_result_leaves_nothing_to_go_on_with(
     real = ModelFiles.read_into
 
     def fail(files: ModelFiles, name: str, offset: int, view: memoryview) -> None:
-        if offset > 10 * PIECE:
+        if offset > 10 * MIB:
             raise NonFiniteError("the merge of a tensor has NaN in it")
         real(files, name, offset, view)
 
@@ -364,7 +368,7 @@ def test_a_killed_command_is_gone_on_with_by_another_process(
         "import os, signal, sys\n"
         "from mergefs.materialize import durability, output, weights\n"
         "from mergefs.cli import main\n"
-        "weights.CHUNK = durability.SYNC_BYTES = 2 * weights.PIECE\n"
+        "weights.CHUNK = durability.SYNC_BYTES = 2 * 2**20\n"
         "real, count = output.write_all, 0\n"
         "def write_all(*arguments):\n"
         "    global count\n"
@@ -385,8 +389,9 @@ def test_a_killed_command_is_gone_on_with_by_another_process(
 
 # The journal ----------------------------------------------------------------------------------------------------------
 
-WORK = Work("t" * 32, "plan", "1", "layout", 10 * PIECE)
-pieces = st.builds(Piece, st.text(max_size=20), st.integers(0, 1000), st.text("0123456789abcdef", max_size=64))
+names = st.text(max_size=20)
+WORK = Work("t" * 32, "plan", "1", "layout", 10 * MIB)
+pieces = st.builds(Piece, names, st.integers(0, 1000), st.text("0123456789abcdef", max_size=64), st.integers(0, 2**40))
 others = st.one_of(
     st.builds(Read, st.integers(0, 3), st.integers(0, 2**40), st.integers(0, 2**40)),
     st.builds(Prepared, st.text(max_size=64)),
@@ -416,6 +421,8 @@ def test_every_beginning_of_a_journal_tells_of_whole_lines_only(
     told = {(name, index): digest for name, found in recorded.pieces.items() for index, digest in found.items()}
     seen = entries[: lines - 1]
     assert told == {(one.file, one.index): one.blake3 for one in seen if isinstance(one, Piece)}
+    sizes = {(one.file, one.index): one.size for one in seen if isinstance(one, Piece)}
+    assert recorded.finished_bytes == sum(sizes.values())
     prepared = [one.manifest for one in seen if isinstance(one, Prepared)]
     assert recorded.prepared == (prepared[-1] if prepared else None)
 
@@ -424,7 +431,7 @@ def test_every_beginning_of_a_journal_tells_of_whole_lines_only(
 def test_a_flipped_bit_ends_a_journal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal"
     journal = Journal.begin(path, WORK)
-    journal.append([Piece(WEIGHTS, index, "0" * 64) for index in range(5)])
+    journal.append([Piece(WEIGHTS, index, "0" * 64, 1) for index in range(5)])
     journal.close()
     whole = bytearray(path.read_bytes())
     bit = data.draw(st.integers(0, 8 * len(whole) - 1))
@@ -432,4 +439,4 @@ def test_a_flipped_bit_ends_a_journal(tmp_path_factory: pytest.TempPathFactory, 
     whole[bit // 8] ^= 1 << bit % 8
     path.write_bytes(whole)
     recorded = read_journal(path)
-    assert (0 if recorded is None else 1 + recorded.finished_pieces) == line
+    assert (0 if recorded is None else 1 + recorded.finished_bytes) == line

@@ -306,7 +306,9 @@ def test_no_more_files_stay_open_than_allowed_and_none_after_closing(tmp_path: P
     assert descriptors() == before
 
 
-def test_experts_are_opened_without_read_ahead_unless_they_are_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_opened_without_read_ahead_unless_they_are_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     advice: list[tuple[str, int]] = []
     real = os.posix_fadvise
 

@@ -1,8 +1,9 @@
 """What of a weight file is on disk for good: it is synced every so often, and then the journal told."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from itertools import pairwise
 from typing import Final
 
 from mergefs.materialize.journal import Journal, Piece, Read
@@ -27,12 +28,13 @@ class Durability:
         self._bytes = 0
         self._running: Future[None] | None = None
 
-    def add(self, first: int, pieces: tuple[str, ...], size: int) -> None:
-        """Take over pieces of ``size`` bytes that have been written, from number ``first``.
+    def add(self, first: int, hashes: Sequence[str], bounds: Sequence[int], size: int) -> None:
+        """Take over ``size`` bytes that have been written, with which pieces from number ``first`` on are whole.
 
-        Raises OSError of earlier syncs.
+        ``bounds`` are where each of these begins, and where the last one ends. Raises OSError of earlier syncs.
         """
-        self._pieces += [Piece(self._name, first + index, digest) for index, digest in enumerate(pieces)]
+        for index, (found, (begin, end)) in enumerate(zip(hashes, pairwise(bounds), strict=True)):
+            self._pieces.append(Piece(self._name, first + index, found, end - begin))
         self._bytes += size
         if self._bytes >= SYNC_BYTES:
             self.wait()

@@ -34,11 +34,12 @@ class Work(msgspec.Struct, frozen=True, tag="work"):
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece"):
-    """One piece of a weight file that is on disk; ``blake3`` in hex."""
+    """One piece of a weight file that is on disk: its number in the file, ``blake3`` in hex, and its bytes."""
 
     file: str
     index: int
     blake3: str
+    size: int
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -60,18 +61,17 @@ _Entry = Work | Piece | Read | Prepared
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a journal tells. ``pieces`` holds the hash of each finished piece by file and number."""
+    """What a journal tells. ``pieces`` holds the hash of each finished piece by file and number.
+
+    ``finished_bytes`` are those of all these pieces.
+    """
 
     work: Work
     pieces: Mapping[str, Mapping[int, str]]
     read: Mapping[int, Read]
     prepared: str | None
+    finished_bytes: int
     valid_bytes: int
-
-    @property
-    def finished_pieces(self) -> int:
-        """The number of pieces that are said to be on disk."""
-        return sum(len(pieces) for pieces in self.pieces.values())
 
 
 def read_journal(path: Path) -> Recorded | None:
@@ -86,18 +86,20 @@ def read_journal(path: Path) -> Recorded | None:
     work: Work | None = None
     pieces: dict[str, dict[int, str]] = {}
     read: dict[int, Read] = {}
+    sizes: dict[tuple[str, int], int] = {}
     prepared, valid = None, 0
     while (entry := _entry_at(data, valid)) is not None:
         if isinstance(entry, Work):
             work = entry
         elif isinstance(entry, Piece):
             pieces.setdefault(entry.file, {})[entry.index] = entry.blake3
+            sizes[entry.file, entry.index] = entry.size
         elif isinstance(entry, Read):
             read[entry.run] = entry
         else:
             prepared = entry.manifest
         valid = data.index(b"\n", valid) + 1
-    return None if work is None else Recorded(work, pieces, read, prepared, valid)
+    return None if work is None else Recorded(work, pieces, read, prepared, sum(sizes.values()), valid)
 
 
 def _entry_at(data: bytes, start: int) -> _Entry | None:

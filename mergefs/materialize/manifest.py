@@ -1,7 +1,6 @@
 """The manifest of a written model: hashes of its files, its tensors, and each piece of its weights."""
 
 from pathlib import Path, PurePosixPath
-from typing import Final
 
 import msgspec
 from blake3 import blake3
@@ -10,14 +9,11 @@ from mergefs.errors import VerificationError
 from mergefs.planner.contents import FORMAT, MANIFEST_NAME, Contents, manifest_digest
 from mergefs.statistics.identity import plan_id as whole_plan_id
 
-__all__ = ["MANIFEST_NAME", "PIECE", "Cost", "FileEntry", "Manifest", "TensorEntry", "manifest_hash", "read_manifest"]
-
-PIECE: Final = 2**20
-"""Bytes of a piece of a weight file, wherever tensors begin; the last one of a file may be shorter."""
+__all__ = ["MANIFEST_NAME", "Cost", "FileEntry", "Manifest", "TensorEntry", "manifest_hash", "read_manifest"]
 
 
 class FileEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One file: its size in bytes and a blake3 hash in hex; of each piece of it, too, if it has weights.
+    """One file: its size in bytes and a blake3 hash in hex; of each of its ``Pieces``, too, if it has weights.
 
     The hash is that of the content; where there are pieces, that of their hashes (32 bytes each) one after the other.
     """
@@ -66,7 +62,6 @@ class Manifest(msgspec.Struct, frozen=True):
     contents: Contents
     content: str
     mergefs_version: str
-    piece_bytes: int
     cost: Cost
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -84,7 +79,7 @@ class Manifest(msgspec.Struct, frozen=True):
     ) -> "Manifest":
         """Return a manifest of the current format."""
         listed = dict(sorted(files.items())), dict(sorted(tensors.items()))
-        unsigned = cls(FORMAT, "", plan_id, contents, content, version, PIECE, cost, *listed)
+        unsigned = cls(FORMAT, "", plan_id, contents, content, version, cost, *listed)
         return msgspec.structs.replace(unsigned, manifest=manifest_digest(msgspec.to_builtins(unsigned)))
 
     def encode(self) -> bytes:

@@ -188,7 +188,7 @@ def _result(run: Run, order: Order, resources: Resources, started: float) -> Mat
 def default_threads() -> int:
     """Return how many threads compute where nobody says: one more than there are processors.
 
-    It fills the moments in which one of the others waits for Python, a tenth of the time of a merge that computes little.
+    It fills the moments in which another waits for Python, a tenth of the time of a merge that computes little.
     """
     return usable_processors() + 1
 

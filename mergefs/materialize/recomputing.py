@@ -13,8 +13,8 @@ import msgspec
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.workspace import Workspace
 from mergefs.errors import RecipeError, UsageError, VerificationError
-from mergefs.materialize.manifest import PIECE, read_manifest
-from mergefs.materialize.pieces import ahead
+from mergefs.materialize.manifest import read_manifest
+from mergefs.materialize.pieces import Pieces, ahead
 from mergefs.materialize.system import read_all
 from mergefs.materialize.verify import Damage, Verified, verify
 from mergefs.planner.ancestry import FORMAT, PROVENANCE_NAME
@@ -25,7 +25,8 @@ from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
 from mergefs.recipe.model import parse_recipe
 
-_CHUNK: Final = 8 * PIECE
+_RUN: Final = 8 * 2**20
+"""Bytes that are compared at a time."""
 
 
 class _Budget(msgspec.Struct, frozen=True):
@@ -146,66 +147,75 @@ def _files_as_written(directory: Path, plan: MergePlan) -> tuple[OutputFile, ...
     return lay_out_as_written(plan.tensors, written) if same_tensors and written != now else plan.files
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The bytes ``begin`` to ``end`` of a weight file that is cut into ``pieces``."""
+
+    file: str
+    pieces: Pieces
+    begin: int
+    end: int
+
+
+def _runs(files: ModelFiles, size: int) -> Iterator[_Run]:
+    """Yield runs of whole pieces of all weight files, of ``size`` bytes or one piece."""
+    for file in files.plan.files:
+        pieces = Pieces.of_output(file, files.plan.tensors)
+        for run in pieces.runs(size):
+            yield _Run(file.name, pieces, pieces.bounds[run.start], pieces.bounds[run.stop])
+
+
 def _compare(
     directory: Path, files: ModelFiles, sample: Sample | None, chance: random.Random, progress: Progress
 ) -> Iterator[int | Damage]:
     """Yield for each run of bytes that was compared its length, and the first difference of each that differs."""
-    runs = [
-        (name, offset, min(_CHUNK if sample is None else PIECE, files.sizes[name] - offset))
-        for name in files.sizes
-        if files.is_merged(name)
-        for offset in range(0, files.sizes[name], _CHUNK if sample is None else PIECE)
-    ]
+    runs = list(_runs(files, _RUN if sample is None else 0))
     if sample is not None:
         runs = [runs[index] for index in sample.choose(len(runs), chance)]
     sizes = {name: entry.size for name, entry in read_manifest(directory).files.items()}
-    progress.start("recomputing", sum(size for *_, size in runs))
+    progress.start("recomputing", sum(run.end - run.begin for run in runs))
 
     def compare(index: int) -> int | Damage:
-        name, offset, size = runs[index]
-        if sizes.get(name) != files.sizes[name]:
+        run = runs[index]
+        path, now = directory / run.file, files.sizes[run.file]
+        if sizes.get(run.file) != now:
             sentence = (
-                f"{directory / name}: has {sizes.get(name, 0)} bytes and the sources give {files.sizes[name]}; "
+                f"{path}: has {sizes.get(run.file, 0)} bytes and the sources give {now}; "
                 "restore the sources, or materialize the model again"
             )
-            return Damage(directory / name, None, (), sentence)
-        return _compare_run(directory / name, files, name, offset, size)
+            return Damage(path, None, (), sentence)
+        return _compare_run(path, files, run)
 
     with ThreadPoolExecutor(max(2, usable_processors()), thread_name_prefix="verify") as pool:
         for index, found in enumerate(ahead(pool, compare, range(len(runs)))):
             yield found
-            progress.advance(runs[index][2])
+            progress.advance(runs[index].end - runs[index].begin)
     progress.finish()
 
 
-def _compare_run(path: Path, files: ModelFiles, name: str, offset: int, size: int) -> int | Damage:
-    """Return ``size`` where a run of bytes is what the sources give, else where it differs first."""
+def _compare_run(path: Path, files: ModelFiles, run: _Run) -> int | Damage:
+    """Return its size where a run of bytes is what the sources give, else where it differs first."""
+    size = run.end - run.begin
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            there = read_all(descriptor, size, offset)
+            there = read_all(descriptor, size, run.begin)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read ({error.strerror}); materialize the model again") from error
-    expected = files.read(name, offset, size)
+    expected = files.read(run.file, run.begin, size)
     if there == expected:
         return size
-    place = offset + next(i for i, (a, b) in enumerate(zip(there, expected, strict=False)) if a != b)
-    tensor = _tensor_at(files, name, place)
+    place = run.begin + next(i for i, (a, b) in enumerate(zip(there, expected, strict=False)) if a != b)
+    piece = run.pieces.at(place)
+    tensor = run.pieces.tensor_of(piece)
     where = "the header" if tensor is None else f"tensor {tensor!r}"
     sentence = (
-        f"{path}: byte {place} (piece {place // PIECE}) differs from what the sources give now, in {where}; "
+        f"{path}: byte {place} (piece {piece}) differs from what the sources give now, in {where}; "
         "restore the sources, or materialize the model again"
     )
-    return Damage(path, place // PIECE, () if tensor is None else (tensor,), sentence)
-
-
-def _tensor_at(files: ModelFiles, name: str, place: int) -> str | None:
-    """Return the tensor that holds a byte of a weight file, None for one of the header."""
-    file = next(file for file in files.plan.files if file.name == name)
-    before = [tensor for tensor, begin in zip(file.tensors, file.offsets, strict=True) if begin <= place]
-    return before[-1] if before else None
+    return Damage(path, piece, () if tensor is None else (tensor,), sentence)
 
 
 def _read_provenance(directory: Path) -> _Provenance:

@@ -17,7 +17,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import TransactionRecord
 from mergefs.errors import MaterializeError
 from mergefs.materialize.journal import Recorded, Work, read_journal
-from mergefs.materialize.manifest import PIECE, manifest_hash
+from mergefs.materialize.manifest import manifest_hash
 from mergefs.materialize.staging import Staging, cannot_create
 from mergefs.planner.identity import files_identity
 from mergefs.planner.plan import MergePlan
@@ -131,7 +131,7 @@ def describe(journal: Recorded) -> str:
     """Say how much of the work is done."""
     if journal.prepared is not None:
         return "all of it"
-    done = min(journal.finished_pieces * PIECE, journal.work.total_bytes)
+    done = min(journal.finished_bytes, journal.work.total_bytes)
     return f"{format_size(done)} of {format_size(journal.work.total_bytes)}"
 
 
@@ -163,7 +163,7 @@ def _was_committed(journal: Recorded, stage: Staging, there: str | None) -> bool
 
 def _has_work(journal: Recorded) -> bool:
     """Return whether anything of it is finished."""
-    return journal.finished_pieces > 0 or journal.prepared is not None
+    return journal.finished_bytes > 0 or journal.prepared is not None
 
 
 def _changed(record: TransactionRecord, state: State) -> TransactionRecord:

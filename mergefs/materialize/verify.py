@@ -11,14 +11,14 @@ from blake3 import blake3
 
 from mergefs.checkpoint.dtypes import DTYPES
 from mergefs.errors import VerificationError
-from mergefs.materialize.manifest import MANIFEST_NAME, PIECE, FileEntry, Manifest, TensorEntry, read_manifest
-from mergefs.materialize.pieces import ahead, hash_pieces
+from mergefs.materialize.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from mergefs.materialize.pieces import Pieces, ahead
 from mergefs.materialize.system import read_all
 from mergefs.processors import usable_processors
 from mergefs.progress import Progress, Silence
-from mergefs.statistics.hashing import ContentHasher
 
-_CHUNK: Final = 8 * PIECE
+_RUN: Final = 8 * 2**20
+"""Bytes that are read at a time."""
 _REMEDY: Final = "materialize the model again"
 _LOADED: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 """Endings of files that loaders take weights from, or where to find them."""
@@ -26,7 +26,7 @@ _LOADED: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pt
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is not as it was written. ``piece`` counts MiB of the file from 0; it and ``tensors`` may be none.
+    """One thing that is not as it was written. ``piece`` is a number of its ``Pieces``; it and ``tensors`` may be none.
 
     ``sentence`` says all of it, and what to do.
     """
@@ -95,15 +95,21 @@ def _damage_of(
             yield from _damage_of_small(path, descriptor, entry, progress)
             return
 
-        def hash_chunk(offset: int) -> tuple[int, tuple[str, ...]]:
-            return offset, hash_pieces(read_all(descriptor, min(_CHUNK, size - offset), offset))
+        pieces = _pieces_of(name, manifest)
+        if pieces is None:
+            yield _whole(path, f"{path}: its pieces in {MANIFEST_NAME} do not fit its tensors there; {_REMEDY}")
+            return
+        runs = list(pieces.runs(_RUN))
 
-        for offset, found in ahead(pool, hash_chunk, range(0, size, _CHUNK)):
-            first = offset // PIECE
-            for index, (one, other) in enumerate(zip(found, entry.pieces[first:], strict=False), start=first):
-                if one != other:
-                    yield _damaged_piece(path, name, index, descriptor, manifest)
-            progress.advance(min(_CHUNK, size - offset))
+        def hashes_of(number: int) -> tuple[str, ...]:
+            begin, end = pieces.bounds[runs[number].start], pieces.bounds[runs[number].stop]
+            return pieces.hashes(runs[number], memoryview(read_all(descriptor, end - begin, begin)))
+
+        for run, found in zip(runs, ahead(pool, hashes_of, range(len(runs))), strict=True):
+            for piece, one in zip(run, found, strict=True):
+                if one != entry.pieces[piece]:
+                    yield _damaged_piece(path, piece, pieces, entry)
+            progress.advance(pieces.bounds[run.stop] - pieces.bounds[run.start])
     finally:
         os.close(descriptor)
 
@@ -119,29 +125,30 @@ def _damage_of_small(path: Path, descriptor: int, entry: FileEntry, progress: Pr
     progress.advance(entry.size)
 
 
-def _content(descriptor: int, entry: TensorEntry) -> str:
-    """Return what a tensor is known by now."""
-    hasher = ContentHasher(DTYPES[entry.dtype], entry.shape)
-    hasher.update(memoryview(read_all(descriptor, entry.size, entry.offset)))
-    return hasher.finish().hex()
+def _pieces_of(name: str, manifest: Manifest) -> Pieces | None:
+    """Return how a weight file was cut, None where that is not how many hashes there are."""
+    entries = sorted((one.offset, one.size, tensor) for tensor, one in manifest.tensors.items() if one.file == name)
+    placed = []
+    for offset, _, tensor in entries:
+        one = manifest.tensors[tensor]
+        if one.dtype in DTYPES:
+            placed.append((tensor, offset, DTYPES[one.dtype], one.shape))
+    entry = manifest.files[name]
+    pieces = Pieces.of(entry.size, placed)
+    fits = (pieces.count, pieces.bounds[-1]) == (len(entry.pieces), entry.size)
+    return pieces if fits and len(placed) == len(entries) else None
 
 
-def _damaged_piece(path: Path, name: str, piece: int, descriptor: int, manifest: Manifest) -> Damage:
-    """Return the damage of one piece: which of the tensors that lie in it are not what they were."""
-    begin, end = piece * PIECE, min((piece + 1) * PIECE, manifest.files[name].size)
-    inside = {
-        tensor: entry
-        for tensor, entry in sorted(manifest.tensors.items(), key=lambda item: item[1].offset)
-        if entry.file == name and entry.offset < end and entry.offset + entry.size > begin
-    }
-    damaged = tuple(tensor for tensor, entry in inside.items() if _content(descriptor, entry) != entry.content)
-    where = f"tensor {', '.join(map(repr, damaged))}" if damaged else "its header"
+def _damaged_piece(path: Path, piece: int, pieces: Pieces, entry: FileEntry) -> Damage:
+    """Return the damage of one piece."""
+    begin, end = pieces.bounds[piece : piece + 2]
+    tensor = pieces.tensor_of(piece)
     return Damage(
         path,
         piece,
-        damaged,
-        f"{path}: is damaged in {where}, piece {piece} (bytes {begin} to {end}): the blake3 hash there is not "
-        f"{manifest.files[name].pieces[piece][:16]}... any more; {_REMEDY}",
+        () if tensor is None else (tensor,),
+        f"{path}: is damaged in {'its header' if tensor is None else f'tensor {tensor!r}'}, piece {piece} (bytes "
+        f"{begin} to {end}): the blake3 hash there is not {entry.pieces[piece][:16]}... any more; {_REMEDY}",
     )
 
 

@@ -1,4 +1,4 @@
-"""One weight file, in chunks of whole pieces: any thread computes and writes them, one takes note of them in order.
+"""One weight file, in chunks: any thread computes and writes them, one takes note of them in order.
 
 What the journal of an earlier run tells of is read back and used if its hashes agree; everything else is computed.
 """
@@ -9,33 +9,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from blake3 import blake3
+
 from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.durability import Durability
-from mergefs.materialize.manifest import PIECE, FileEntry
+from mergefs.materialize.file_hashes import FileHashes
+from mergefs.materialize.manifest import FileEntry
 from mergefs.materialize.output import Buffers, Output, failed
-from mergefs.materialize.pieces import hash_pieces
+from mergefs.materialize.pieces import Pieces
 from mergefs.materialize.preparation import Preparation
 from mergefs.materialize.sharing import Range, Sharing
-from mergefs.materialize.tensor_hashes import TensorHashes
 from mergefs.planner.plan import OutputFile
 
-CHUNK: Final = 8 * PIECE
+CHUNK: Final = 8 * 2**20
+"""Bytes; whole pages of memory and of the disk."""
 _READ_AHEAD: Final = 2 * CHUNK
 """How far ahead of a chunk the disk is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of whole pieces that lies in the file; ``kept`` says that it did before. ``buffer`` is lent.
+    """A run of bytes that lies in the file; ``kept`` says that it did before. ``buffer`` is lent.
 
-    ``shared`` of its bytes are those of sources, on disk as well.
+    ``hashes`` are those of the pieces that lie in it as a whole, from the ``first`` on; ``shared`` of its bytes are
+    those of sources, on disk as well.
     """
 
     offset: int
     size: int
     buffer: memoryview
-    pieces: tuple[str, ...]
+    first: int
+    hashes: tuple[str, ...]
     kept: bool
     shared: int = 0
 
@@ -57,7 +62,8 @@ class WeightFile:
         processors: threading.Semaphore,
         preparation: Preparation,
     ) -> None:
-        self.tensors = TensorHashes(files.plan, file)
+        self._pieces = Pieces.of_output(file, files.plan.tensors)
+        self.hashes = FileHashes(file, files.plan.tensors, self._pieces)
         self.reused_bytes = self.shared_bytes = 0
         self._output = output
         self._file = file
@@ -68,7 +74,6 @@ class WeightFile:
         self._buffers = buffers
         self._processors = processors
         self._preparation = preparation
-        self._pieces: list[str] = []
         self._done = 0
 
     def offsets(self) -> Iterator[int]:
@@ -92,18 +97,21 @@ class WeightFile:
         buffer = self._buffers.take()
         try:
             view = buffer[: min(CHUNK, self._file.size - offset)]
-            pieces = self._kept(offset, view)
-            kept = pieces is not None
+            whole = self._pieces.within(offset, offset + len(view))
+            kept = self._kept(offset, view)
             shared: tuple[Range, ...] = ()
-            if pieces is None:
+            if kept is None:
                 for name in self._tensors_in(offset):
                     self._files.engine.prepare_tensor(name)  # or others would wait for that in vain, too
                 with self._processors:
                     self._files.read_into(self._file.name, offset, view)
-                    pieces = hash_pieces(view)
+                    hashes = self._pieces.hashes(whole, view[self._pieces.bounds[whole.start] - offset :])
                 shared = self._sharing.share(offset, len(view))
                 self._output.write(view, offset, shared)
-            return Chunk(offset, len(view), buffer, pieces, kept, sum(end - begin for begin, end in shared))
+            else:
+                hashes = tuple(kept[number] for number in whole)
+            written = sum(end - begin for begin, end in shared)
+            return Chunk(offset, len(view), buffer, whole.start, hashes, kept is not None, written)
         except OSError as error:
             self._buffers.give_back(buffer)
             raise self._failed(error) from error
@@ -114,25 +122,28 @@ class WeightFile:
     def take(self, chunk: Chunk) -> None:
         """Take note of the next chunk of the file. Raises MaterializeError when an earlier one could not be synced."""
         view = chunk.buffer[: chunk.size]
-        with self._processors:
-            ended = self.tensors.update(chunk.offset, view)
-        for name in ended:
+        first, hashes = self.hashes.update(chunk.offset, view, chunk.hashes)
+        for name in self.hashes.ended():
             self._preparation.finish(name)
-        self._pieces += chunk.pieces
         self._done += chunk.size
-        self.note(chunk)
+        self._note(chunk, first, hashes)
         if self._done == self._file.size:
             self._durability.begin_sync()
 
     def note(self, chunk: Chunk) -> None:
-        """Let a chunk become durable. Raises MaterializeError."""
+        """Let a chunk become durable that is not taken, because another has failed. Raises MaterializeError."""
+        self._note(chunk, chunk.first, chunk.hashes)
+
+    def _note(self, chunk: Chunk, first: int, hashes: tuple[str, ...]) -> None:
+        """Let a chunk become durable, and with it pieces that end in it."""
         self._buffers.give_back(chunk.buffer)
         if chunk.kept:
             self.reused_bytes += chunk.size
             return
         self.shared_bytes += chunk.shared
         try:
-            self._durability.add(chunk.offset // PIECE, chunk.pieces, chunk.size)
+            bounds = self._pieces.bounds[first : first + len(hashes) + 1]
+            self._durability.add(first, hashes, bounds, chunk.size)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -142,7 +153,7 @@ class WeightFile:
             self._durability.wait()
         except OSError as error:
             raise self._failed(error) from error
-        return FileEntry.of_pieces(self._file.size, tuple(self._pieces))
+        return self.hashes.file_entry()
 
     def save(self) -> None:
         """Make durable what was noted, after an error."""
@@ -152,14 +163,33 @@ class WeightFile:
         """Close the file."""
         self._output.close()
 
-    def _kept(self, offset: int, view: memoryview) -> tuple[str, ...] | None:
-        """Read a chunk that an earlier run has written, and return its pieces, None unless all are proven."""
-        first = offset // PIECE
-        told = [self._proven.get(index) for index in range(first, first + -(-len(view) // PIECE))]
-        if None in told or not self._output.read(view, offset):
+    def _kept(self, offset: int, view: memoryview) -> dict[int, str] | None:
+        """Read a chunk that an earlier run has written, and return the hashes of the pieces that it has anything of.
+
+        None unless all of them are proven.
+        """
+        numbers = self._pieces.touching(offset, offset + len(view))
+        told = {number: self._proven[number] for number in numbers if number in self._proven}
+        if len(told) < len(numbers) or not self._output.read(view, offset):
             return None
-        pieces = hash_pieces(view)
-        return pieces if list(pieces) == told else None
+        found = {number: self._hash_of(number, offset, view) for number in numbers}
+        return told if found == told else None
+
+    def _hash_of(self, piece: int, offset: int, view: memoryview) -> str | None:
+        """Return the hash of a piece in the file, of which a chunk has the bytes in ``view``; None where it ends."""
+        begin, end = self._pieces.bounds[piece : piece + 2]
+        before, behind = self._read(begin, offset), self._read(offset + len(view), end)
+        if before is None or behind is None:
+            return None
+        hasher = blake3(before)
+        hasher.update(view[max(begin - offset, 0) : end - offset])
+        hasher.update(behind)
+        return hasher.hexdigest()
+
+    def _read(self, begin: int, end: int) -> memoryview | None:
+        """Return what lies there in the file, None where it ends before."""
+        there = memoryview(bytearray(max(end - begin, 0)))
+        return there if self._output.read(there, begin) else None
 
     def _tensors_in(self, offset: int) -> Sequence[str]:
         """Return the tensors that a chunk holds anything of."""

@@ -173,8 +173,8 @@ class ModelWriter:
         weights = self._weights.values()
         return Written(
             files={name: self._entries[name] for name in self._files.sizes},
-            tensors={name: entry for one in weights for name, entry in one.tensors.entries().items()},
-            contents={name: content for one in weights for name, content in one.tensors.contents().items()},
+            tensors={name: entry for one in weights for name, entry in one.hashes.entries().items()},
+            contents={name: content for one in weights for name, content in one.hashes.contents().items()},
             reused_bytes=sum(one.reused_bytes for one in weights),
             shared_bytes=sum(one.shared_bytes for one in weights),
         )

@@ -7,7 +7,7 @@ import msgspec
 from blake3 import blake3
 
 MANIFEST_NAME: Final = "mergefs.manifest.json"
-FORMAT: Final = 4
+FORMAT: Final = 5
 """The format of manifests."""
 _LARGEST_MANIFEST: Final = 2**28
 """Bytes; that of a model of some terabytes."""

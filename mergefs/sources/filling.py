@@ -14,7 +14,7 @@ from typing import Final
 from mergefs.sources.page_cache import cached_pages
 
 _STEP: Final = 2**20
-"""Bytes that are read at a time. They are of no use here, so the next ones take their place in the processor's cache."""
+"""Bytes that are read at a time. They are of no use here: the next ones take their place in the processor's cache."""
 _BEYOND: Final = 48 * 2**20
 """Bytes behind a range at which the system has read nothing by itself: its windows are 16 MiB long at most on most
 machines. What lies there in the cache was there before."""

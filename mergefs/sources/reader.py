@@ -48,7 +48,7 @@ _WHOLE = {
 _IN_PARTS = _WHOLE | dict.fromkeys((Purpose.EXPERT, Purpose.EXPERT_AGAIN), os.POSIX_FADV_RANDOM)
 """Or read-ahead reads half as much again as the budget pays for."""
 _FILLING = -1
-"""Where the advice to the system would stand of a file that is brought into its cache in order, by its own descriptor."""
+"""Stands for the advice of a descriptor by which a file is brought into the page cache in order."""
 
 _PAUSES = (0.05, 0.2, 0.5)
 """Seconds to wait before a read that has failed is tried again, each time: whoever maps a mount dies of an error."""

@@ -24,15 +24,14 @@ class BlockCheck:
     """Checks the blocks of stored tensors. Safe to share between threads.
 
     Hashes are asked for once for each tensor; a tensor that has none yet is asked for again, since an analysis may be
-    under way. What is
-    ``learned`` of it meanwhile is held against what is read of it again.
+    under way, unless what is read is ``learned``: then that is held against what is read of it again.
     """
 
     def __init__(self, known: KnownHashes, learned: LearnedHashes | None = None) -> None:
         self._known = known
         self._learned = learned
         self._lock = threading.Lock()
-        self._hashes: dict[tuple[Path, Fingerprint, str], bytes] = {}
+        self._hashes: dict[tuple[Path, Fingerprint, str], bytes | None] = {}
 
     def check(self, shard: Shard, tensor: TensorSource, start: int, raw: Raw) -> None:
         """Check ``raw``, the bytes of a run of elements of ``tensor`` from flat index ``start``.
@@ -68,11 +67,12 @@ class BlockCheck:
         """Return the hashes of a tensor, None where there are none that fit its blocks."""
         key = (shard.path, shard.fingerprint, tensor.name)
         with self._lock:
-            hashes = self._hashes.get(key)
-        if hashes is None:
-            hashes = self._known(shard, tensor)
-            if hashes is None or len(hashes) != grid.count * DIGEST_BYTES:
-                return None
+            if key in self._hashes:
+                return self._hashes[key]
+        hashes = self._known(shard, tensor)
+        if hashes is not None and len(hashes) != grid.count * DIGEST_BYTES:
+            hashes = None
+        if hashes is not None or self._learned is not None:
             with self._lock:
                 self._hashes[key] = hashes
         return hashes
