@@ -82,12 +82,12 @@ class WeightFile:
 
     def announce(self, offset: int) -> None:
         """Have what a chunk needs in memory, and let what those behind it need be on its way."""
-        if self._proven:  # by an earlier run, so that perhaps nothing is needed
-            return
-        for name in self._tensors_in(offset):
-            self._preparation.reach(name)
-        begin = 0 if offset == 0 else offset + _READ_AHEAD
-        self._files.engine.will_read(self._file.name, begin, offset + _READ_AHEAD + CHUNK - begin)
+        if not self._may_be_kept(offset):
+            for name in self._tensors_in(offset):
+                self._preparation.reach(name)
+        for begin in range(0 if offset == 0 else offset + _READ_AHEAD, offset + _READ_AHEAD + 1, CHUNK):
+            if begin < self._file.size and not self._may_be_kept(begin):
+                self._files.engine.will_read(self._file.name, begin, CHUNK)
 
     def make(self, offset: int) -> Chunk:
         """Bring a chunk into the file, and return it; any thread may do that.
@@ -162,6 +162,11 @@ class WeightFile:
     def close(self) -> None:
         """Close the file."""
         self._output.close()
+
+    def _may_be_kept(self, offset: int) -> bool:
+        """Return whether a journal tells of all pieces that a chunk has anything of: perhaps nothing is read for it."""
+        end = min(offset + CHUNK, self._file.size)
+        return bool(self._proven) and all(number in self._proven for number in self._pieces.touching(offset, end))
 
     def _kept(self, offset: int, view: memoryview) -> dict[int, str] | None:
         """Read a chunk that an earlier run has written, and return the hashes of the pieces that it has anything of.

@@ -1,4 +1,4 @@
-"""Takes files out of the page cache, and slows down the disk for single programs."""
+"""Takes files out of the page cache and brings them in, and slows down the disk for single programs."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from bench.processes import FREE, Limits
 THROTTLED: Final = 500 * 10**6
 """Bytes for each second of a slow source: a good network file system, or a plain SSD."""
 
+_STEP: Final = 2**20
 _GROUPS: Final = Path("/sys/fs/cgroup/blkio")
 _UNIFIED: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 _NAME: Final = "mergefs-bench"
@@ -24,6 +25,20 @@ def evict(files: Sequence[Path]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def bring_in(files: Sequence[Path]) -> None:
+    """Have all of some files in the page cache as plain reading leaves them, from their beginnings to their ends.
+
+    The system keeps files in pages of other sizes where programs have read them otherwise, and whoever reads them
+    again is slower or faster for it.
+    """
+    evict(files)
+    memory = bytearray(_STEP)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(memory):
+                pass
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import filecmp
 from collections.abc import Callable
 
-from bench.cold import evict
+from bench.cold import bring_in, evict
 from bench.mounting import mounted, read
 from bench.processes import Taken
 from bench.programs import analyze, materialize
@@ -46,9 +46,11 @@ def mounting(setting: Setting, method: str) -> Row:
     catalog, written, mountpoint = place / "catalog", place / "written", place / "mnt"
 
     def ways() -> tuple[Way, ...]:
-        recipe = setting.recipe(method, setting.family(setting.large, setting.extent.main))
+        family = setting.family(setting.large, setting.extent.main)
+        recipe = setting.recipe(method, family)
         setting.scratch(name)
         analyze(setting, recipe, catalog)
+        bring_in(family.weights())
         materialize(setting, [recipe], written, catalog)
 
         def of_mount(pattern: str, times: int) -> Callable[[], Taken]:

@@ -1,5 +1,6 @@
 """mergefs beside mergekit and plain copying: the same recipe, the same inputs, one output each."""
 
+from bench.cold import bring_in
 from bench.comparing import same_bits, same_merge
 from bench.programs import analyze, copying, materialize, materialize_cold, mergekit
 from bench.results import Checked
@@ -33,6 +34,7 @@ def merging(setting: Setting, method: str, experts: int, size: int) -> Row:
         tiny = setting.recipe(method, setting.family(TINY, experts))
         materialize_cold(setting, [tiny], place / "tiny", place / "tiny-catalog")
         analyze(setting, recipe, place / "warm-catalog")
+        bring_in(family.weights())
         inputs = family.experts if method in ("linear", "slerp") else (family.base, *family.experts)
         copied, *read = inputs
         return (

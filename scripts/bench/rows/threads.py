@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.cold import bring_in
 from bench.comparing import same_bits
 from bench.processes import Limits, Taken
 from bench.programs import analyze, materialize, materialize_cold
@@ -30,11 +31,13 @@ def threading(setting: Setting, method: str) -> Row:
     outputs = {way_of(state, cores): place / f"{state}-{cores}" for state in STATES for cores in (1, 2)}
 
     def ways() -> tuple[Way, ...]:
-        recipe = setting.recipe(method, setting.family(setting.large, setting.extent.main))
+        family = setting.family(setting.large, setting.extent.main)
+        recipe = setting.recipe(method, family)
         setting.scratch(name)
         tiny = setting.recipe(method, setting.family(TINY, setting.extent.main))
         materialize_cold(setting, [tiny], place / "tiny", place / "tiny-catalog")
         analyze(setting, recipe, place / "warm")
+        bring_in(family.weights())
         return tuple(_ways(recipe))
 
     def _ways(recipe: Path) -> Iterator[Way]:

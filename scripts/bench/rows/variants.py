@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from bench.cold import bring_in
 from bench.comparing import same_bits
 from bench.processes import Taken, measured
 from bench.programs import analyze, materialize, materialize_cold
@@ -44,6 +45,7 @@ def varying(setting: Setting) -> Row:
         tiny = setting.recipe(METHOD, setting.family(TINY, setting.extent.main))
         materialize_cold(setting, [tiny], place / "tiny", place / "tiny-catalog")
         analyze(setting, recipes[0], place / "warm")
+        bring_in(family.weights())
         warm, cold = place / "warm", place / "cold"
         return (
             Way(one("cold"), lambda: materialize_cold(setting, recipes[:1], out(one("cold")), cold), out(one("cold"))),

@@ -64,7 +64,7 @@ def _introduction(setting: Setting) -> str:
         "Median seconds of the whole command, with the number of runs in brackets; the ways took turns. *cold* is "
         "`mergefs materialize` with a new catalog, *warm* with one that `mergefs analyze` has filled; reads are "
         "verified and what is written is synced, as by default. mergekit syncs nothing. *copying* reads the same "
-        "inputs with `cat` and writes as many bytes with `dd` and the same syncs. Files are in the page cache. "
+        "inputs with `cat` and writes as many bytes with `dd` and the same syncs. Files are in the page cache, as plain reading leaves them. "
         "*faster by* compares without the start of each program, *end to end* with it; a dash stands where what is "
         "left of either is less than a fifth of its start, which varies by as much.\n\n"
         f"mergekit runs as `mergekit-yaml RECIPE OUT {options}`, without a network.\n"
