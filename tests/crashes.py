@@ -164,7 +164,7 @@ def points(log: Path) -> list[Point]:
     by_thread: Counter[tuple[str, str]] = Counter()
     for line in log.read_text(errors="replace").splitlines():
         call = _CALL.match(line)
-        if call is not None:
+        if call is not None and call["name"] in CHANGING:  # strace also tells of calls that it has no name for
             by_thread[call["pid"], call["name"]] += 1
             most[call["name"]] = max(most.get(call["name"], 0), by_thread[call["pid"], call["name"]])
     return [Point(name, number) for name in sorted(most) for number in range(1, most[name] + 1)]

@@ -200,6 +200,8 @@ def read_calls(log: Path) -> Iterator[Call]:
         match = _LINE.fullmatch(line)
         assert match is not None, line[:200]
         pid, rest = match["pid"], match["rest"]
+        if "syscall_0x" in rest.partition("(")[0].partition("resumed")[0]:
+            continue  # strace tells of every call that it has no name for, and such a one changes nothing
         if rest.endswith("<unfinished ...>"):
             begun[pid] = rest.removesuffix("<unfinished ...>").rstrip()
             name, _, arguments = begun[pid].partition("(")
