@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Threads that compute at a time.  [default: one more than processors]",
+    help="Threads that compute at a time.  [default: processors + 1, or 1]",
 )
 @verify_reads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")

@@ -182,7 +182,7 @@ MERGEKIT_OPTIONS: Final[tuple[MergekitOption, ...]] = (
         ("--num-threads", "-j"),
         "number",
         Effect.NOTHING,
-        "what is computed does not depend on threads, and there is one more of them than cores",
+        "what is computed does not depend on threads, and there is at most one more of them than cores",
     ),
     MergekitOption("gpu_rich", ("--gpu-rich",), "flag", Effect.REFUSED, _NO_GPU),
     MergekitOption(

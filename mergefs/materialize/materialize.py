@@ -186,11 +186,12 @@ def _result(run: Run, order: Order, resources: Resources, started: float) -> Mat
 
 
 def default_threads() -> int:
-    """Return how many threads compute where nobody says: one more than there are processors.
+    """Return how many threads compute where nobody says: one more than there are processors, if there are several.
 
-    It fills the moments in which another waits for Python, a tenth of the time of a merge that computes little.
+    It fills the moments in which another waits for Python. A single processor never waits for that.
     """
-    return usable_processors() + 1
+    processors = usable_processors()
+    return processors + (processors > 1)
 
 
 def _holds(destination: Path, plan: MergePlan, catalog: Catalog) -> bool:
