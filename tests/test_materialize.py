@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ from mergefs.engine.workspace import Workspace
 from mergefs.errors import MaterializeError
 from mergefs.materialize import materialize as materialize_module
 from mergefs.materialize import run as run_module
+from mergefs.materialize import weights
 from mergefs.materialize.manifest import MANIFEST_NAME
 from mergefs.materialize.materialize import Interrupted, Materialized, Order, materialize
 from mergefs.materialize.output import Buffers
@@ -319,6 +321,34 @@ def test_chunks_lie_in_large_pages_where_the_kernel_has_them() -> None:
         elif line.startswith("VmFlags:") and "hg" in line.split():
             asked_for |= inside
     assert asked_for == (starts if Path("/sys/kernel/mm/transparent_hugepage").exists() else set())
+
+
+def test_a_chunk_is_begun_when_what_it_is_made_from_has_been_read(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else threads would read the disk in disorder."""
+    monkeypatch.setattr(weights, "CHUNK", 4 * 4096)
+    announce, make = weights.WeightFile.announce, weights.WeightFile.make
+    announced: set[int] = set()
+    begun: defaultdict[int, threading.Event] = defaultdict(threading.Event)
+    early: list[int] = []
+
+    def slow_announce(file: weights.WeightFile, offset: int) -> None:
+        announce(file, offset)
+        if offset:  # meanwhile all other threads could begin with this one
+            assert begun[offset - weights.CHUNK].wait(60)
+        announced.add(offset)
+
+    def watched_make(file: weights.WeightFile, offset: int) -> weights.Chunk:
+        early.extend({offset} - announced)
+        begun[offset].set()
+        return make(file, offset)
+
+    monkeypatch.setattr(weights.WeightFile, "announce", slow_announce)
+    monkeypatch.setattr(weights.WeightFile, "make", watched_make)
+    write(recipe, tmp_path / "out")
+    assert len(announced) > 8
+    assert early == []
 
 
 def test_ctrl_c_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Sequential readers are recognised by their requests, and told apart; what is asked for ahead of them is bounded."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -112,6 +112,8 @@ class Blocks:
     step: int = MIB
     error: Exception | None = None
     computed: list[int] = field(default_factory=list)
+    brought_in: list[int] = field(default_factory=list)
+    leave: Callable[[], None] = lambda: None
 
     def end_of(self, position: int) -> int:
         assert 0 <= position < self.size
@@ -122,6 +124,8 @@ class Blocks:
 
     def will_read(self, begin: int, end: int) -> None:
         assert 0 <= begin < end <= self.size
+        self.brought_in.append(end - begin)
+        self.leave()
 
     def compute(self, position: int) -> None:
         assert position % self.step == 0
@@ -201,6 +205,17 @@ def test_nothing_more_is_begun_for_a_reader_that_is_gone() -> None:
     assert ahead.queue
     watched.close()
     ahead.work()
+    assert blocks.computed == []
+
+
+def test_inputs_are_read_a_little_at_a_time_and_no_more_of_them_for_a_reader_that_is_gone() -> None:
+    """The disk may be slow, and who unmounts waits for what is under way."""
+    ahead, blocks = Queued(), Blocks(64 * MIB)
+    watched = ahead.watch(blocks)
+    read_in_order(watched, 0, 8 * MIB)
+    blocks.leave = watched.close
+    ahead.work()
+    assert blocks.brought_in == [MIB]
     assert blocks.computed == []
 
 

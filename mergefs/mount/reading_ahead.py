@@ -30,6 +30,8 @@ SHARE_OF_CACHE: Final = 4
 """All readers' windows together are at most one in so many bytes of the cache: else one's would push out another's."""
 RUNS: Final = 4
 """Places of one file that may be read on from by turns: loaders read several tensors of a mapped file side by side."""
+_BROUGHT_IN: Final = 2**20
+"""Bytes of a file whose inputs are read ahead of its readers at a time."""
 _STRAYING: Final = 8
 """Requests that one may be early or late by: the kernel sends them in order, and several threads receive them."""
 _FARTHEST_STRAYING: Final = 2 * 2**20
@@ -207,14 +209,19 @@ class WatchedFile:
         if not wanted:
             return
         run.asked = position
-        self._ahead.start(partial(self._advise, run, begin, position))
+        self._ahead.start(partial(self._bring_in, run, begin, position))
         for block in wanted:
             self._ahead.start(partial(self._compute, run, block))
 
-    def _advise(self, run: Run, begin: int, end: int) -> None:
-        """Let the disk begin with what the blocks from ``begin`` to ``end`` are computed from."""
-        if not run.over:
-            self._blocks.will_read(begin, end)
+    def _bring_in(self, run: Run, begin: int, end: int) -> None:
+        """Have what the blocks from ``begin`` to ``end`` are computed from read, as long as the reader is there.
+
+        Little at a time: a disk may be slow, and who unmounts waits for what is under way.
+        """
+        for position in range(begin, end, _BROUGHT_IN):
+            if run.over:
+                return
+            self._blocks.will_read(position, min(position + _BROUGHT_IN, end))
 
     def _compute(self, run: Run, position: int) -> None:
         """Compute the block that begins at ``position``, unless its reader is at it already, or gone.
