@@ -327,7 +327,7 @@ def test_a_chunk_is_begun_when_what_it_is_made_from_has_been_read(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else threads would read the disk in disorder."""
-    monkeypatch.setattr(weights, "CHUNK", 4 * 4096)
+    monkeypatch.setattr(weights, "CHUNK", 4096)
     announce, make = weights.WeightFile.announce, weights.WeightFile.make
     announced: set[int] = set()
     begun: defaultdict[int, threading.Event] = defaultdict(threading.Event)
