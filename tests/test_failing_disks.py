@@ -113,13 +113,12 @@ def test_a_disk_that_is_full_at_any_stage_leaves_the_old_state_and_resuming_goes
             reused.append(result.reused_bytes)
     if one_by_one:
         assert reused == sorted(reused)
-        # Of the last of five that fit the journal knows only when what ends in the next is on disk, too, and the one
-        # before may be there without the journal having had room to say so.
+        # The last of five that fit may be on disk without the journal having had room to say so.
         assert reused[0] == 0
-        assert 3 * MIB <= reused[-1] <= 4 * MIB
+        assert 4 * MIB <= reused[-1] <= 5 * MIB
     else:
         assert reused[0] == 0
-        assert MIB <= reused[-1] <= 4 * MIB
+        assert 3 * MIB <= reused[-1] <= 5 * MIB
 
 
 def test_work_that_would_not_fit_is_not_begun(models: Family, tmp_path: Path) -> None:

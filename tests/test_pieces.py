@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mergefs.checkpoint.dtypes import BF16, DTYPES, DType
 from mergefs.materialize import file_hashes
 from mergefs.materialize.file_hashes import FileHashes
-from mergefs.materialize.pieces import HEADER_PIECE, Pieces
+from mergefs.materialize.pieces import HEADER_PIECE, Pieces, hash_between
 from mergefs.planner.plan import OutputFile, TensorPlan
 from mergefs.sources.blocks import BlockGrid
 from mergefs.statistics.identity import content_digest
@@ -67,7 +67,8 @@ def test_pieces_of_a_range_are_found(
     end = data.draw(st.one_of(st.integers(begin + 1, size), st.sampled_from([one for one in near if one > begin])))
     every = list(enumerate(pairwise(pieces.bounds)))
     assert list(pieces.within(begin, end)) == [number for number, (a, b) in every if begin <= a and b <= end]
-    assert list(pieces.touching(begin, end)) == [number for number, (a, b) in every if a < end and begin < b]
+    cuts = pieces.cuts(begin, end)
+    assert cuts == tuple(sorted({begin, end, *(bound for bound in pieces.bounds if begin < bound < end)}))
     assert begin in range(*pieces.bounds[pieces.at(begin) : pieces.at(begin) + 2])
 
 
@@ -101,22 +102,16 @@ def test_each_piece_and_each_tensor_is_known_by_its_own_bytes_however_the_file_c
     content = memoryview((struct.pack("<IB", size, seed) * (size // 5 + 1))[:size])
     pieces = Pieces.of(size, tensors)
     hashes = FileHashes(*planned(size, tensors), pieces)
-    told: list[str] = []
     ended: list[str] = []
     for begin in range(0, size, step):
         view = content[begin : begin + step]
-        whole = pieces.within(begin, begin + len(view))
-        first, found = hashes.update(begin, view, pieces.hashes(whole, view[pieces.bounds[whole.start] - begin :]))
-        assert first == len(told)
-        told += found
-        assert pieces.bounds[len(told)] <= begin + len(view)
+        hashes.update(begin, view, hash_between(pieces.cuts(begin, begin + len(view)), view))
         ended += hashes.ended()
         for name, offset, dtype, shape in tensors:
             end = offset + BlockGrid.of_contents(shape).size * dtype.itemsize
             assert name not in ended or end <= begin + len(view)
     assert ended == [name for name, *_ in tensors]
     expected = [blake3(content[begin:end]).hexdigest() for begin, end in pairwise(pieces.bounds)]
-    assert told == expected
     assert hashes.file_entry().pieces == tuple(expected)
     for name, _, dtype, shape in tensors:
         digests = [bytes.fromhex(expected[number]) for number in pieces.tensors[name]]
@@ -144,6 +139,5 @@ def test_only_what_lies_in_two_runs_is_hashed_by_who_takes_them(monkeypatch: pyt
     monkeypatch.setattr(file_hashes, "blake3", Counting)
     for begin in range(0, size, 8 * MIB):
         view = content[begin : begin + 8 * MIB]
-        whole = pieces.within(begin, begin + len(view))
-        hashes.update(begin, view, ["0" * 64] * len(whole))
+        hashes.update(begin, view, ["0" * 64] * (len(pieces.cuts(begin, begin + len(view))) - 1))
     assert hashed == 2 * MIB

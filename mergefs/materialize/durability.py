@@ -6,7 +6,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Final
 
-from mergefs.materialize.journal import Journal, Piece, Read
+from mergefs.materialize.journal import Journal, Part, Read
 from mergefs.materialize.output import Output
 
 SYNC_BYTES: Final = 64 * 2**20
@@ -24,26 +24,23 @@ class Durability:
         self._journal = journal
         self._syncing = syncing
         self._spent = spent
-        self._pieces: list[Piece] = []
+        self._parts: list[Part] = []
         self._bytes = 0
         self._running: Future[None] | None = None
 
-    def add(self, first: int, hashes: Sequence[str], bounds: Sequence[int], size: int) -> None:
-        """Take over ``size`` bytes that have been written, with which pieces from number ``first`` on are whole.
-
-        ``bounds`` are where each of these begins, and where the last one ends. Raises OSError of earlier syncs.
-        """
-        for index, (found, (begin, end)) in enumerate(zip(hashes, pairwise(bounds), strict=True)):
-            self._pieces.append(Piece(self._name, first + index, found, end - begin))
-        self._bytes += size
+    def add(self, cuts: Sequence[int], hashes: Sequence[str]) -> None:
+        """Take over the parts of a file between ``cuts``, which have been written. Raises OSError of earlier syncs."""
+        for (begin, end), found in zip(pairwise(cuts), hashes, strict=True):
+            self._parts.append(Part(self._name, begin, end - begin, found))
+        self._bytes += cuts[-1] - cuts[0]
         if self._bytes >= SYNC_BYTES:
             self.wait()
             self.begin_sync()
 
     def begin_sync(self) -> None:
         """Let everything that was added be made durable in the background; ``wait`` says when that is done."""
-        self._running = self._syncing.submit(self._sync, tuple(self._pieces))
-        self._pieces, self._bytes = [], 0
+        self._running = self._syncing.submit(self._sync, tuple(self._parts))
+        self._parts, self._bytes = [], 0
 
     def wait(self) -> None:
         """Wait for the sync that is under way. Raises OSError."""
@@ -55,10 +52,10 @@ class Durability:
         """Make durable what can be, after an error: an interruption or a full disk then costs nothing of it."""
         with suppress(OSError):
             self.wait()
-            self._sync(tuple(self._pieces))
+            self._sync(tuple(self._parts))
 
-    def _sync(self, pieces: tuple[Piece, ...]) -> None:
+    def _sync(self, parts: tuple[Part, ...]) -> None:
         """Sync, and then write down what that has made durable."""
         self._output.sync()
-        if pieces:
-            self._journal.append([*pieces, self._spent()])
+        if parts:
+            self._journal.append([*parts, self._spent()])

@@ -13,7 +13,8 @@ from mergefs.statistics.identity import content_digest
 class FileHashes:
     """Gathers the hashes of one file, runs of which come in order, cut anywhere.
 
-    Whoever brings a run has hashed the pieces that lie in it as a whole. Those that lie in several are hashed here.
+    Whoever brings a run has hashed the pieces that lie in it as a whole. Those that lie in several are hashed here;
+    parts of them have hashes, too, by which runs are known for themselves (``Part``).
     """
 
     def __init__(self, file: OutputFile, tensors: Mapping[str, TensorPlan], pieces: Pieces) -> None:
@@ -24,17 +25,18 @@ class FileHashes:
         self._open = blake3()
         self._ended = 0
 
-    def update(self, offset: int, view: memoryview, whole: Sequence[str]) -> tuple[int, tuple[str, ...]]:
-        """Take the next run, and return the first piece that ends in it, and the hashes of all that do."""
+    def update(self, offset: int, view: memoryview, hashes: Sequence[str]) -> None:
+        """Take the next run, and the hashes of the parts that pieces and its own ends cut it into (``Pieces.cuts``)."""
         bounds, first, end = self._pieces.bounds, len(self._hashes), offset + len(view)
+        whole = self._pieces.within(offset, end)
+        before = int(bounds[whole.start] > offset)
         if bounds[first] < offset:
             self._open.update(view[: bounds[first + 1] - offset])
             if bounds[first + 1] <= end:
                 self._hashes.append(self._open.hexdigest())
-        self._hashes += whole
+        self._hashes += hashes[before : before + len(whole)]
         if offset <= bounds[len(self._hashes)] < end:
             self._open = blake3(view[bounds[len(self._hashes)] - offset :])
-        return first, tuple(self._hashes[first:])
 
     def ended(self) -> list[str]:
         """Return the tensors of which all has been taken since this was last asked."""

@@ -1,8 +1,8 @@
-"""The journal of a model that is being written: which pieces of it are on disk for good, and what they must be.
+"""The journal of a model that is being written: which parts of it are on disk for good, and what they must be.
 
-It lies in the staging directory. A piece is written down once its file has been synced, and the journal is synced then:
+It lies in the staging directory. A part is written down once its file has been synced, and the journal is synced then:
 so what the journal tells survives a loss of power. It is believed no further than the hashes go: each line has one of
-its own, the first line that is not whole ends it, and a piece is used again only if what lies there has its hash.
+its own, the first line that is not whole ends it, and a part is used again only if what lies there has its hash.
 """
 
 import os
@@ -20,7 +20,7 @@ _CHECK_BYTES: Final = 16
 
 
 class Work(msgspec.Struct, frozen=True, tag="work"):
-    """What is being written: pieces of other work are of no use to it.
+    """What is being written: parts of other work are of no use to it.
 
     ``layout`` is a hash of all sizes and headers, ``files`` one of what the inputs' files are (``files_identity``).
     """
@@ -33,13 +33,13 @@ class Work(msgspec.Struct, frozen=True, tag="work"):
     files: str = ""
 
 
-class Piece(msgspec.Struct, frozen=True, tag="piece"):
-    """One piece of a weight file that is on disk: its number in the file, ``blake3`` in hex, and its bytes."""
+class Part(msgspec.Struct, frozen=True, tag="part"):
+    """A run of ``size`` bytes of a weight file that is on disk: a piece, or what a chunk has of one; hash in hex."""
 
     file: str
-    index: int
-    blake3: str
+    offset: int
     size: int
+    blake3: str
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -56,18 +56,15 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     manifest: str
 
 
-_Entry = Work | Piece | Read | Prepared
+_Entry = Work | Part | Read | Prepared
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a journal tells. ``pieces`` holds the hash of each finished piece by file and number.
-
-    ``finished_bytes`` are those of all these pieces.
-    """
+    """What a journal tells. ``parts`` holds each finished part by file and offset, ``finished_bytes`` counts all."""
 
     work: Work
-    pieces: Mapping[str, Mapping[int, str]]
+    parts: Mapping[str, Mapping[int, Part]]
     read: Mapping[int, Read]
     prepared: str | None
     finished_bytes: int
@@ -84,22 +81,21 @@ def read_journal(path: Path) -> Recorded | None:
     except FileNotFoundError:
         return None
     work: Work | None = None
-    pieces: dict[str, dict[int, str]] = {}
+    parts: dict[str, dict[int, Part]] = {}
     read: dict[int, Read] = {}
-    sizes: dict[tuple[str, int], int] = {}
     prepared, valid = None, 0
     while (entry := _entry_at(data, valid)) is not None:
         if isinstance(entry, Work):
             work = entry
-        elif isinstance(entry, Piece):
-            pieces.setdefault(entry.file, {})[entry.index] = entry.blake3
-            sizes[entry.file, entry.index] = entry.size
+        elif isinstance(entry, Part):
+            parts.setdefault(entry.file, {})[entry.offset] = entry
         elif isinstance(entry, Read):
             read[entry.run] = entry
         else:
             prepared = entry.manifest
         valid = data.index(b"\n", valid) + 1
-    return None if work is None else Recorded(work, pieces, read, prepared, sum(sizes.values()), valid)
+    finished = sum(part.size for found in parts.values() for part in found.values())
+    return None if work is None else Recorded(work, parts, read, prepared, finished, valid)
 
 
 def _entry_at(data: bytes, start: int) -> _Entry | None:

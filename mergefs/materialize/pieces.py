@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from blake3 import blake3
@@ -69,9 +70,10 @@ class Pieces:
         first = bisect_left(self.bounds, begin)
         return range(first, max(first, bisect_right(self.bounds, end) - 1))
 
-    def touching(self, begin: int, end: int) -> range:
-        """Return the pieces that have anything of a range of the file, which is not empty."""
-        return range(self.at(begin), bisect_left(self.bounds, end))
+    def cuts(self, begin: int, end: int) -> tuple[int, ...]:
+        """Return the ends of a range of the file, which is not empty, and all bounds of pieces between them."""
+        inside = self.bounds[bisect_right(self.bounds, begin) : bisect_left(self.bounds, end)]
+        return (begin, *inside, end)
 
     def tensor_of(self, piece: int) -> str | None:
         """Return the tensor that a piece is of, None for one of the header."""
@@ -87,9 +89,21 @@ class Pieces:
 
     def hashes(self, numbers: range, view: memoryview) -> tuple[str, ...]:
         """Return the hash in hex of each of some pieces side by side, with which ``view`` begins."""
-        start = self.bounds[numbers.start]
-        cuts = (view[self.bounds[number] - start : self.bounds[number + 1] - start] for number in numbers)
-        return tuple(blake3(cut).hexdigest() for cut in cuts)
+        return hash_between(self.bounds[numbers.start : numbers.stop + 1], view)
+
+
+def hash_between(
+    cuts: Sequence[int], view: memoryview, known: Mapping[tuple[int, int], str] | None = None
+) -> tuple[str, ...]:
+    """Return the hash in hex of each part between two ``cuts``, from the first of which on ``view`` has the bytes.
+
+    What is ``known`` of parts, by their ends, is not hashed again.
+    """
+    found = known or {}
+    return tuple(
+        found.get((begin, end)) or blake3(view[begin - cuts[0] : end - cuts[0]]).hexdigest()
+        for begin, end in pairwise(cuts)
+    )
 
 
 def ahead(pool: Executor, obtain: Callable[[int], _Result], numbers: Sequence[int]) -> Iterator[_Result]:

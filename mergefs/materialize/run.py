@@ -84,7 +84,7 @@ class Run:
     def open(self) -> ModelWriter:
         """Begin with the journal, and return what writes the model. Raises MaterializeError."""
         self._journal = self._open_journal()
-        proven = {} if self._recorded is None else self._recorded.pieces
+        proven = {} if self._recorded is None else self._recorded.parts
         self._writer = ModelWriter(self._files, self._stage.model, self._journal, proven, self._progress, self._spent)
         return self._writer
 

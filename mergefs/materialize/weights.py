@@ -15,9 +15,10 @@ from mergefs.engine.model_files import ModelFiles
 from mergefs.errors import MaterializeError
 from mergefs.materialize.durability import Durability
 from mergefs.materialize.file_hashes import FileHashes
+from mergefs.materialize.journal import Part
 from mergefs.materialize.manifest import FileEntry
 from mergefs.materialize.output import Buffers, Output, failed
-from mergefs.materialize.pieces import Pieces
+from mergefs.materialize.pieces import Pieces, hash_between
 from mergefs.materialize.preparation import Preparation
 from mergefs.materialize.sharing import Range, Sharing
 from mergefs.planner.plan import OutputFile
@@ -32,21 +33,21 @@ _READ_AHEAD: Final = 2 * CHUNK
 class Chunk:
     """A run of bytes that lies in the file; ``kept`` says that it did before. ``buffer`` is lent.
 
-    ``hashes`` are those of the pieces that lie in it as a whole, from the ``first`` on; ``shared`` of its bytes are
-    those of sources, on disk as well.
+    ``hashes`` are those of its parts, which pieces and its own ends cut it into at ``cuts``; ``shared`` of its bytes
+    are those of sources, on disk as well.
     """
 
     offset: int
     size: int
     buffer: memoryview
-    first: int
+    cuts: tuple[int, ...]
     hashes: tuple[str, ...]
     kept: bool
     shared: int = 0
 
 
 class WeightFile:
-    """One weight file of a model that is being written. ``proven`` are pieces that a journal tells of, by number.
+    """One weight file of a model that is being written. ``proven`` are parts that a journal tells of, by offset.
 
     Whoever computes has one of the ``processors`` meanwhile.
     """
@@ -57,7 +58,7 @@ class WeightFile:
         file: OutputFile,
         files: ModelFiles,
         durability: Durability,
-        proven: Mapping[int, str],
+        proven: Mapping[int, Part],
         buffers: Buffers,
         processors: threading.Semaphore,
         preparation: Preparation,
@@ -82,11 +83,11 @@ class WeightFile:
 
     def announce(self, offset: int) -> None:
         """Have what a chunk needs in memory, and let what those behind it need be on its way."""
-        if not self._may_be_kept(offset):
+        if self._told(offset) is None:
             for name in self._tensors_in(offset):
                 self._preparation.reach(name)
         for begin in range(0 if offset == 0 else offset + _READ_AHEAD, offset + _READ_AHEAD + 1, CHUNK):
-            if begin < self._file.size and not self._may_be_kept(begin):
+            if begin < self._file.size and self._told(begin) is None:
                 self._files.engine.will_read(self._file.name, begin, CHUNK)
 
     def make(self, offset: int) -> Chunk:
@@ -97,7 +98,7 @@ class WeightFile:
         buffer = self._buffers.take()
         try:
             view = buffer[: min(CHUNK, self._file.size - offset)]
-            whole = self._pieces.within(offset, offset + len(view))
+            cuts = self._pieces.cuts(offset, offset + len(view))
             kept = self._kept(offset, view)
             shared: tuple[Range, ...] = ()
             if kept is None:
@@ -105,13 +106,13 @@ class WeightFile:
                     self._files.engine.prepare_tensor(name)  # or others would wait for that in vain, too
                 with self._processors:
                     self._files.read_into(self._file.name, offset, view)
-                    hashes = self._pieces.hashes(whole, view[self._pieces.bounds[whole.start] - offset :])
+                    hashes = hash_between(cuts, view)
                 shared = self._sharing.share(offset, len(view))
                 self._output.write(view, offset, shared)
             else:
-                hashes = tuple(kept[number] for number in whole)
+                hashes = hash_between(cuts, view, kept)
             written = sum(end - begin for begin, end in shared)
-            return Chunk(offset, len(view), buffer, whole.start, hashes, kept is not None, written)
+            return Chunk(offset, len(view), buffer, cuts, hashes, kept is not None, written)
         except OSError as error:
             self._buffers.give_back(buffer)
             raise self._failed(error) from error
@@ -122,28 +123,23 @@ class WeightFile:
     def take(self, chunk: Chunk) -> None:
         """Take note of the next chunk of the file. Raises MaterializeError when an earlier one could not be synced."""
         view = chunk.buffer[: chunk.size]
-        first, hashes = self.hashes.update(chunk.offset, view, chunk.hashes)
+        self.hashes.update(chunk.offset, view, chunk.hashes)
         for name in self.hashes.ended():
             self._preparation.finish(name)
         self._done += chunk.size
-        self._note(chunk, first, hashes)
+        self.note(chunk)
         if self._done == self._file.size:
             self._durability.begin_sync()
 
     def note(self, chunk: Chunk) -> None:
-        """Let a chunk become durable that is not taken, because another has failed. Raises MaterializeError."""
-        self._note(chunk, chunk.first, chunk.hashes)
-
-    def _note(self, chunk: Chunk, first: int, hashes: tuple[str, ...]) -> None:
-        """Let a chunk become durable, and with it pieces that end in it."""
+        """Let a chunk become durable. Raises MaterializeError."""
         self._buffers.give_back(chunk.buffer)
         if chunk.kept:
             self.reused_bytes += chunk.size
             return
         self.shared_bytes += chunk.shared
         try:
-            bounds = self._pieces.bounds[first : first + len(hashes) + 1]
-            self._durability.add(first, hashes, bounds, chunk.size)
+            self._durability.add(chunk.cuts, chunk.hashes)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -163,38 +159,32 @@ class WeightFile:
         """Close the file."""
         self._output.close()
 
-    def _may_be_kept(self, offset: int) -> bool:
-        """Return whether a journal tells of all pieces that a chunk has anything of: perhaps nothing is read for it."""
-        end = min(offset + CHUNK, self._file.size)
-        return bool(self._proven) and all(number in self._proven for number in self._pieces.touching(offset, end))
+    def _told(self, offset: int) -> list[Part] | None:
+        """Return the parts that a journal tells a chunk to consist of; None where it does not tell of all of it."""
+        position, end, found = offset, min(offset + CHUNK, self._file.size), []
+        while position < end:
+            part = self._proven.get(position)
+            if part is None or position + part.size > end:
+                return None
+            found.append(part)
+            position += part.size
+        return found
 
-    def _kept(self, offset: int, view: memoryview) -> dict[int, str] | None:
-        """Read a chunk that an earlier run has written, and return the hashes of the pieces that it has anything of.
+    def _kept(self, offset: int, view: memoryview) -> dict[tuple[int, int], str] | None:
+        """Read a chunk that an earlier run has written, and return the hashes of its parts by where they lie.
 
-        None unless all of them are proven.
+        None unless all of them are what the journal tells.
         """
-        numbers = self._pieces.touching(offset, offset + len(view))
-        told = {number: self._proven[number] for number in numbers if number in self._proven}
-        if len(told) < len(numbers) or not self._output.read(view, offset):
+        told = self._told(offset)
+        if told is None or not self._output.read(view, offset):
             return None
-        found = {number: self._hash_of(number, offset, view) for number in numbers}
-        return told if found == told else None
-
-    def _hash_of(self, piece: int, offset: int, view: memoryview) -> str | None:
-        """Return the hash of a piece in the file, of which a chunk has the bytes in ``view``; None where it ends."""
-        begin, end = self._pieces.bounds[piece : piece + 2]
-        before, behind = self._read(begin, offset), self._read(offset + len(view), end)
-        if before is None or behind is None:
-            return None
-        hasher = blake3(before)
-        hasher.update(view[max(begin - offset, 0) : end - offset])
-        hasher.update(behind)
-        return hasher.hexdigest()
-
-    def _read(self, begin: int, end: int) -> memoryview | None:
-        """Return what lies there in the file, None where it ends before."""
-        there = memoryview(bytearray(max(end - begin, 0)))
-        return there if self._output.read(there, begin) else None
+        found = {}
+        for part in told:
+            begin, end = part.offset, part.offset + part.size
+            found[begin, end] = blake3(view[begin - offset : end - offset]).hexdigest()
+            if found[begin, end] != part.blake3:
+                return None
+        return found
 
     def _tensors_in(self, offset: int) -> Sequence[str]:
         """Return the tensors that a chunk holds anything of."""

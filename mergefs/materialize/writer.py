@@ -18,7 +18,7 @@ from typing import Final
 
 from mergefs.engine.model_files import ModelFiles
 from mergefs.materialize.durability import Durability
-from mergefs.materialize.journal import Journal, Read
+from mergefs.materialize.journal import Journal, Part, Read
 from mergefs.materialize.manifest import FileEntry, TensorEntry
 from mergefs.materialize.output import Buffers, Output, failed, write_file
 from mergefs.materialize.preparation import Preparation
@@ -81,7 +81,7 @@ class _Job:
 class ModelWriter:
     """Writes one model into ``directory``.
 
-    ``proven`` are the pieces that a journal tells of, by file and number; ``spent`` says what this run has read so far.
+    ``proven`` are the parts that a journal tells of, by file and offset; ``spent`` says what this run has read so far.
     After ``write_models`` an ``error`` says why the model is not complete.
     """
 
@@ -90,7 +90,7 @@ class ModelWriter:
         files: ModelFiles,
         directory: Path,
         journal: Journal,
-        proven: Mapping[str, Mapping[int, str]],
+        proven: Mapping[str, Mapping[int, Part]],
         progress: Progress,
         spent: Callable[[], Read],
     ) -> None:
