@@ -302,8 +302,11 @@ def test_every_single_flipped_bit_is_found_and_its_piece_and_tensor_are_named(ou
         flip_bit(out / name, bit)
         assert damage.file == out / name
         if manifest.files[name].pieces:
-            number, tensor = piece_at((out / name).read_bytes(), byte)
+            content = (out / name).read_bytes()
+            number, tensor = piece_at(content, byte)
             assert (damage.piece, damage.tensors) == (number, () if tensor is None else (tensor,))
+            begin, end, _ = cuts(content)[number]
+            assert f", piece {number} (bytes {begin} to {end}): " in damage.sentence
     assert verify(out).manifest == manifest.manifest
 
 
@@ -457,12 +460,15 @@ def test_sources_that_give_something_else_are_found_and_restored(own: tuple[Path
     assert "of weights are what the sources give now" in said.stdout
 
 
-def test_a_sample_recomputes_only_so_much(own: tuple[Path, Path]) -> None:
+def test_a_sample_recomputes_only_so_much(own: tuple[Path, Path], tmp_path: Path) -> None:
     out, _ = own
+    resources = Workspace.create(Catalog(tmp_path / "catalog"))
     sizes = sorted(end - begin for begin, end, _ in cuts((out / WEIGHTS).read_bytes()))
     for text, expected in (("2", 2), ("50%", round(len(sizes) / 2)), ("0.1%", 1), ("1000", len(sizes))):
         shown = json.loads(said_by("verify", "--deep", "--sample", text, "--json", out).stdout)
         assert sum(sizes[:expected]) <= shown["recomputed_bytes"] <= sum(sizes[-expected:]), text
+        assert len(list(recompute(out, resources, sample=Sample.parse(text)))) == expected, text
+    resources.close()
 
 
 def test_a_sample_is_of_all_pieces(own: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Pieces of weight files, the hashes of which everything else is told by: of what was written, and of what is there.
 
-A piece is a block that a tensor is known by (``BlockGrid.of_contents``), or a part of the header: so each byte that is
-written is hashed once, for its file and for its tensor. Where pieces begin follows from the shapes and the header's
-size alone.
+A piece is a block that a tensor is known by (``BlockGrid.of_contents``), or a part of the header: so one hash of a byte
+serves its file and its tensor. Where pieces begin follows from the shapes and the header's size alone.
 """
 
 from bisect import bisect_left, bisect_right
