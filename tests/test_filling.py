@@ -71,6 +71,33 @@ def test_what_lies_in_the_cache_is_not_read(descriptor: int, read: list[tuple[in
     assert read == []
 
 
+def test_what_was_found_in_the_cache_is_believed_for_what_lies_soon_behind_it(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is not asked for each range, and again where it was not asked of anything near."""
+    asked: list[int] = []
+
+    def cached(descriptor: int, offset: int, size: int) -> int:
+        asked.append(offset)
+        return cached_pages(descriptor, offset, size)
+
+    monkeypatch.setattr(filling, "cached_pages", cached)
+    monkeypatch.setattr(filling, "_BEYOND", 16 * MIB)
+    monkeypatch.setattr(filling, "_TRUSTED", 8 * MIB)
+    os.pread(descriptor, SIZE, 0)
+    filler = PageCacheFiller()
+    for begin in range(0, SIZE, MIB):
+        filler.fill("file", descriptor, begin, begin + MIB)
+    begins = range(
+        0, SIZE - MIB, 9 * MIB
+    )  # of the ranges that the system is asked about, and what lies far behind each
+    assert asked == [offset for begin in begins for offset in (min(begin + 17 * MIB, SIZE - 1), begin)]
+    evict(descriptor)
+    filler.fill("other", descriptor, 0, MIB)
+    assert cached_pages(descriptor, 0, MIB)
+    assert not filler.is_full("other", MIB, 2 * MIB)
+
+
 def test_of_a_file_that_lies_there_in_part_the_rest_is_read(descriptor: int, read: list[tuple[int, int]]) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or more than is asked for comes into the cache
     os.pread(descriptor, SIZE // 2, SIZE // 2)

@@ -18,6 +18,8 @@ _STEP: Final = 2**20
 _BEYOND: Final = 48 * 2**20
 """Bytes behind a range at which the system has read nothing by itself: its windows are 16 MiB long at most on most
 machines. What lies there in the cache was there before."""
+_TRUSTED: Final = 24 * 2**20
+"""Bytes behind a range of which what was found there is believed, too, so that not every range asks the system."""
 
 
 class PageCacheFiller:
@@ -26,7 +28,13 @@ class PageCacheFiller:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._missing_until: dict[Hashable, int] = {}
+        self._present: dict[Hashable, tuple[int, int]] = {}
         self._never_kept: set[Hashable] = set()
+
+    def is_full(self, key: Hashable, begin: int, end: int) -> bool:
+        """Return whether it is known without asking the system that it holds a range of a file, or keeps nothing."""
+        first, last = self._present.get(key, (0, 0))
+        return (first <= begin and end <= last) or key in self._never_kept or begin >= end
 
     def fill(self, key: Hashable, descriptor: int, begin: int, end: int) -> None:
         """Have the bytes ``begin`` to ``end`` of a file in the cache, which ``key`` stands for; raises OSError.
@@ -34,7 +42,7 @@ class PageCacheFiller:
         Nothing is read where it lies there already, nor twice from a file that the system keeps nothing of. Where the
         system cannot tell, it is asked to read for itself.
         """
-        if key in self._never_kept or begin >= end:
+        if self.is_full(key, begin, end):
             return
         try:
             missing = self._is_missing(key, descriptor, begin, end)
@@ -66,4 +74,8 @@ class PageCacheFiller:
             elif begin >= until and not cached_pages(descriptor, begin, 1):
                 until = end
             self._missing_until[key] = until
+            if begin >= until:
+                self._present[key] = begin, far + 1 if far == last else end + _TRUSTED
+            else:
+                self._present.pop(key, None)
         return begin < until
