@@ -12,9 +12,11 @@ from checkpoints import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import by_dtype, random_bytes, seeds
+from numpy.typing import NDArray
 
 from mergefs.checkpoint import open_checkpoint
 from mergefs.checkpoint.dtypes import BF16, F16, F32, DType
+from mergefs.kernels.fused import moments as fused_moments
 from mergefs.kernels.fused.arrays import load as load_compiled
 from mergefs.kernels.fused.arrays import precision_of
 from mergefs.kernels.fused.arrays import store as store_compiled
@@ -22,7 +24,7 @@ from mergefs.kernels.fused.lanes import add_to_lanes
 from mergefs.kernels.fused.squares import add_squares
 from mergefs.kernels.fused.turns import add_turns
 from mergefs.kernels.norms import PartialNorm
-from mergefs.kernels.precision import Array, Precision, load, store
+from mergefs.kernels.precision import Array, Precision, Raw, load, store
 from mergefs.kernels.sums import LANES, AddToLanes, LaneSums, PartialSums
 from mergefs.methods.contract import Block, ElementSum, Moments, Quantity
 from mergefs.methods.norms import ask_norms
@@ -211,4 +213,62 @@ def test_moments_are_taken_from_bytes_where_blocks_are_whole_turns(
             assert isinstance(one, Quantity)
             assert (moments_of(one, stream) is not None) == whole
             assert moments_of(without_moments(one), stream) is None
+    reader.close()
+
+
+def asked_pair_by_pair(compute: DType, count: int, base: int | None) -> list[AboutQuantity]:
+    """Return what may be asked of each pair of ``count`` inputs, which have the base's number among them, if any."""
+
+    def product(block: Block, precision: Precision) -> Array:
+        first, second, *rest = block.inputs
+        if rest:
+            first, second = precision.round(first - rest[0]), precision.round(second - rest[0])
+        return precision.round(first * second)[None]
+
+    of = Moments(based=base is not None, pairs=((0, 1),))
+    last = () if base is None else (base,)
+    inputs = [number for number in range(count) if number != base]
+    return [ask_sums(compute, "pair", (*pair, *last), product, moments=of, count=1) for pair in combinations(inputs, 2)]
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(9, 32), (1, 3), (7, 96), (2000,), (40, 33)], ids=str)
+@pytest.mark.parametrize("base", [None, 0, 4])
+def test_products_of_many_pairs_are_the_same_whether_they_are_asked_for_together_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[torch.Tensor], Place],
+    dtype: DType,
+    shape: tuple[int, ...],
+    base: int | None,
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1100 if shape == (2000,) else 128)
+    generator = torch.Generator().manual_seed(9)
+    reader = SourceReader(Ledger())
+    stream = TensorStream([write(torch.randn(shape, generator=generator)) for _ in range(5)], dtype, reader)
+    asked = asked_pair_by_pair(dtype, 5, base) + questions(dtype, 3, True, (1.5, 0.25, 3.0))
+    found = answer_quantities(asked, stream)
+    assert set(found) == set(asked)
+    for one in asked:
+        for alone in (one, without_moments(one)):
+            np.testing.assert_array_equal(found[one], answer_quantities([alone], stream)[alone], err_msg=str(one))
+    reader.close()
+
+
+def test_products_of_the_same_kind_take_one_pass_over_each_block(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[[torch.Tensor], Place]
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 128)
+    passes: list[tuple[int, int]] = []
+    real = fused_moments.Moments.add_products
+
+    def add_products(self: fused_moments.Moments, raws: list[Raw], exact: bool, lanes: NDArray[np.float64]) -> None:
+        passes.append((len(raws), len(self.pairs)))
+        real(self, raws, exact, lanes)
+
+    monkeypatch.setattr(fused_moments.Moments, "add_products", add_products)
+    reader = SourceReader(Ledger())
+    stream = TensorStream([write(torch.ones(8, 32)) for _ in range(5)], BF16, reader)
+    asked = [one for base in (None, 0, 4) for one in asked_pair_by_pair(BF16, 5, base)]
+    answer_quantities(asked, stream)
+    assert sorted(passes) == sorted([(5, 10), (5, 6), (5, 6)] * 2), "inputs and pairs, of each of two blocks"
     reader.close()
