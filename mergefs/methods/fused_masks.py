@@ -18,7 +18,7 @@ _NAN_BITS: Final = 0x7FFFFFFF
 
 def fused_mask(mask: Mask, dtype: DType, marks: NDArray[np.uint8] | None) -> dict[str, Any]:
     """Return the fields by which the fused kernel knows which elements survive; ``marks`` are the survivors by rank."""
-    from mergefs.kernels.fused import task_vector as kernel
+    import mergefs.kernels.fused.task_vector as kernel
     from mergefs.kernels.fused.memory import address
 
     if marks is not None:

@@ -39,7 +39,7 @@ from mergefs.methods.rounding import Analysis, Form
 from mergefs.methods.sums import MOMENTS, NORMS, SUMS
 
 if TYPE_CHECKING:
-    from mergefs.kernels.fused import karcher as kernel
+    import mergefs.kernels.fused.karcher as kernel
 
 _MOST_STEPS: Final = 100
 """What a step costs grows with the steps before it."""
@@ -158,7 +158,7 @@ class Karcher(Method[KarcherCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES or len(run.inputs) == 1 or not coefficients.models:
             return None
-        from mergefs.kernels.fused import karcher as kernel
+        import mergefs.kernels.fused.karcher as kernel
 
         with np.errstate(all="ignore"):
             radius = float(Precision(run.dtype).scalar(coefficients.radius))
@@ -355,7 +355,7 @@ def _directions(inputs: Sequence[Array], known: KarcherCoefficients, precision: 
 
 def _walk_fused(inputs: Sequence[Array], known: KarcherCoefficients, precision: Precision) -> _Reached:
     """Do the same by the compiled kernel, in any of the dtypes that have some."""
-    from mergefs.kernels.fused import karcher as kernel
+    import mergefs.kernels.fused.karcher as kernel
 
     return _Reached(*kernel.reached(precision.dtype, _raws(inputs), _path(known)))
 
@@ -367,7 +367,7 @@ def _raws(inputs: Sequence[Array]) -> list[Raw]:
 
 def _path(known: KarcherCoefficients) -> "kernel.Path":
     """Return what is known in the form that the kernel takes."""
-    from mergefs.kernels.fused import karcher as kernel
+    import mergefs.kernels.fused.karcher as kernel
 
     steps = np.zeros((len(known.steps), kernel.NUMBERS), dtype=np.float32)
     pulls = np.zeros((len(known.steps), len(known.models), 2), dtype=np.float32)
@@ -417,7 +417,7 @@ def _products(context: TensorContext, name: str, known: KarcherCoefficients) -> 
 
 def _projections_fused(block: Block, precision: Precision, known: KarcherCoefficients) -> Array:
     """Return the products of the mean with each direction in one pass."""
-    from mergefs.kernels.fused import karcher as kernel
+    import mergefs.kernels.fused.karcher as kernel
 
     return kernel.projections(precision.dtype, _raws(block.inputs), _path(known))
 

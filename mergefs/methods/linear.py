@@ -84,17 +84,18 @@ class Linear(Method[LinearCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES:
             return None
-        from mergefs.kernels.fused import weighted_average as kernel
+        import mergefs.kernels.fused.weighted_average as kernel
         from mergefs.kernels.fused.memory import addresses, empty_result
 
-        divisor = coefficients.divisor
+        scaling, divisor, factor = kernel.scaling_by(coefficients.divisor)
         result = empty_result(run.inputs[0], run.dtype, run.into)
         kernel.KERNEL.compiled(run.dtype)(
             result,
             addresses(run.inputs),
             np.array(coefficients.weights, dtype=np.float32),
-            divisor is not None,
-            np.float32(1 if divisor is None else divisor),
+            scaling,
+            divisor,
+            factor,
             np.empty(kernel.TILE, dtype=np.float32),
         )
         return result.view(np.uint8)

@@ -121,7 +121,7 @@ class ModelStock(Method[ModelStockCoefficients]):
         """Do the same in one pass over the bytes, where the whole tensor has one share."""
         if run.dtype not in FUSED_DTYPES or coefficients.share is None:
             return None
-        from mergefs.kernels.fused import model_stock as kernel
+        import mergefs.kernels.fused.model_stock as kernel
         from mergefs.kernels.fused.memory import address, addresses, empty_result
 
         base = run.inputs[coefficients.base]

@@ -136,7 +136,7 @@ class Multislerp(Method[MultislerpCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES or len(coefficients.models) == 1:
             return None
-        from mergefs.kernels.fused import multislerp as kernel
+        import mergefs.kernels.fused.multislerp as kernel
         from mergefs.kernels.fused.memory import address, addresses, empty_result
 
         inputs = [run.inputs[model] for model in coefficients.models]
@@ -304,14 +304,14 @@ def _projections_on_mean(context: TensorContext, known: MultislerpCoefficients) 
 
 def _terms_fused(block: Block, precision: Precision, known: MultislerpCoefficients, of_mean: bool) -> Array:
     """Return a row of the mean, or of the mean tangent, in one pass."""
-    from mergefs.kernels.fused import multislerp as kernel
+    import mergefs.kernels.fused.multislerp as kernel
 
     return _computed(block, precision, known, kernel.MEAN if of_mean else kernel.TANGENT)
 
 
 def _projections_fused(block: Block, precision: Precision, known: MultislerpCoefficients) -> Array:
     """Return a row for each direction, in one pass."""
-    from mergefs.kernels.fused import multislerp as kernel
+    import mergefs.kernels.fused.multislerp as kernel
 
     return _computed(block, precision, known, kernel.PROJECTIONS)
 

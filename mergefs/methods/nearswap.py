@@ -75,7 +75,7 @@ class NearSwap(Method[NearSwapCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES:
             return None
-        from mergefs.kernels.fused import nearswap as kernel
+        import mergefs.kernels.fused.nearswap as kernel
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])

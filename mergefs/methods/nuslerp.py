@@ -159,7 +159,7 @@ class Nuslerp(Method[NuslerpCoefficients]):
         turn = coefficients.turn
         if run.dtype not in FUSED_DTYPES or turn is None or turn.divisor.size != 1:
             return None
-        from mergefs.kernels.fused import nuslerp as kernel
+        import mergefs.kernels.fused.nuslerp as kernel
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         base = () if coefficients.base is None else (run.inputs[coefficients.base],)

@@ -282,7 +282,7 @@ def _lanes_of_varying(run: RawRun) -> Vector:
 
 def _fused_selection(selected: Selected, precision: Precision) -> tuple[int, NDArray[np.int64]]:
     """Return what is selected in the form that kernels take: see ``mergefs.kernels.fused.sce``."""
-    from mergefs.kernels.fused import sce as kernel
+    import mergefs.kernels.fused.sce as kernel
 
     if isinstance(selected, SelectAll):
         return kernel.SELECT_ALL, np.zeros(3, dtype=np.int64)

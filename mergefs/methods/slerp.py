@@ -109,7 +109,7 @@ class Slerp(Method[SlerpCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES:
             return None
-        from mergefs.kernels.fused import two_factors as kernel
+        import mergefs.kernels.fused.two_factors as kernel
         from mergefs.kernels.fused.memory import addresses, empty_result
 
         pair = (run.inputs[coefficients.base], run.inputs[coefficients.other])

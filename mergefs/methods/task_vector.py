@@ -245,7 +245,7 @@ class TaskVector(Method[TaskVectorCoefficients]):
         """Do the same in one pass over the bytes."""
         if run.dtype not in FUSED_DTYPES or not coefficients.experts:
             return None
-        from mergefs.kernels.fused import task_vector as kernel
+        import mergefs.kernels.fused.task_vector as kernel
         from mergefs.kernels.fused.memory import address, empty_result
 
         divisor, scale = coefficients.divisor, coefficients.scale

@@ -10,7 +10,8 @@ from mergefs.checkpoint.dtypes import DType
 from mergefs.kernels.fused import types
 from mergefs.kernels.fused.compilation import Kernel, inlined
 from mergefs.kernels.fused.memory import aligned_bytes
-from mergefs.kernels.fused.values import byte_at, loaded, magnitude_bits, narrowed, prefetched, rounded, signed_like
+from mergefs.kernels.fused.prefetching import request
+from mergefs.kernels.fused.values import byte_at, loaded, magnitude_bits, narrowed, rounded, signed_like
 
 KEEP_ALL: Final = 0
 KEEP_LARGEST: Final = 1
@@ -70,8 +71,6 @@ _EXPERT: Final = np.dtype(list(zip(Expert._fields, _EXPERT_TYPES, strict=True)),
 _SETTINGS: Final = np.dtype(list(zip(Settings._fields, _SETTINGS_TYPES, strict=True)), align=True)
 
 TILE: Final = 1024
-_LINE = 64
-"""Bytes of a line of the cache."""
 _REQUESTED = np.uint64(2 * TILE)
 """Elements that memory is asked for ahead of those that are merged."""
 _PADDING: Final = 48
@@ -83,17 +82,6 @@ _FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-
-
-@inlined
-def _request(result: Any, address: Any, first: Any, count: Any) -> Any:
-    """Have the memory send the tile that begins at ``first``, a line of the cache at a time.
-
-    Of so many inputs read by turns the CPU does not see itself that they go on, and it would wait for each of them.
-    """
-    line = np.uint64(_LINE // result.itemsize)
-    for i in range(np.uint64(0), count, line):
-        prefetched(address, first + i, result)
 
 
 @inlined
@@ -267,11 +255,11 @@ def _task_vector(result: Any, settings: Any, experts: Any, buffers: Any) -> None
     consensus, normalize = setting.consensus != 0, setting.normalize != 0
     for first in range(np.uint64(0), size, np.uint64(TILE)):
         count = min(np.uint64(TILE), size - first)
-        _request(result, setting.base, first + _REQUESTED, count)
+        request(result, setting.base, first + _REQUESTED, count)
         _load(result, setting.base, first, count, base)
         _clear(total, count)
         for k in range(experts.size):
-            _request(result, experts[k].address, first + _REQUESTED, count)
+            request(result, experts[k].address, first + _REQUESTED, count)
             _add_expert(result, experts[k], setting.start, first, count, base, total, buffers[_DELTAS + k])
         if consensus:
             _elect(count, total)
