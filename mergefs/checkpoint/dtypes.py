@@ -6,9 +6,9 @@ from typing import Final, Literal
 Kind = Literal["float", "integer", "boolean", "complex", "code"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """One element type: its safetensors name, its size, and what its bits stand for.
+    """One element type: its safetensors name, its size, and what its bits stand for. There is one object of each.
 
     ``kind`` is ``float`` for the types that a merge computes in, ``code`` for the 4, 6 and 8 bit floating-point
     codes of quantised checkpoints, which mean nothing without their scales.

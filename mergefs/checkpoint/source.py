@@ -1,10 +1,15 @@
 """The files that a checkpoint is made of, and how a change of one is noticed."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NewType
 
 from mergefs.checkpoint.header import ShardHeader
+
+FileKey = NewType("FileKey", str)
+"""Stands for one state of one file: its path and its fingerprint. Looked up for every block, so text, whose hash
+Python keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Shard:
     path: Path
     fingerprint: Fingerprint
     header: ShardHeader
+    key: FileKey = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _key(self.path, self.fingerprint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +54,11 @@ class AuxiliaryFile:
     name: str
     path: Path
     fingerprint: Fingerprint
+    key: FileKey = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", _key(self.path, self.fingerprint))
+
+
+def _key(path: Path, mark: Fingerprint) -> FileKey:
+    return FileKey(f"{mark.size} {mark.mtime_ns} {mark.ctime_ns} {mark.inode} {mark.device} {path}")

@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.kernels import precision as reference
 from mergefs.kernels.fused import FUSED_DTYPES
 from mergefs.kernels.precision import Precision, Raw, load, store
 from mergefs.methods.contract import Block, Method, RawRun
@@ -48,13 +49,16 @@ def run_kernel(
     there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN. They
     may lie in ``into`` then, if that is given.
     """
-    run = _Run(method, coefficients, inputs, compute, out, start)
-    merged: Raw | None = None
     # What is too large for a dtype becomes infinite there: who asks for the bytes looks at them.
     with np.errstate(all="ignore"):
-        if fused and out == compute and all(dtype == compute for _, dtype in inputs):
-            merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start, into), coefficients)
-        elif fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
+        if fused and out is compute and all(dtype is compute for _, dtype in inputs):
+            merged = method.fused(RawRun(tuple([raw for raw, _ in inputs]), compute, start, into), coefficients)
+            if merged is not None:
+                return merged
+            return _run_reference(_Run(method, coefficients, inputs, compute, out, start), fused)
+        run = _Run(method, coefficients, inputs, compute, out, start)
+        merged = None
+        if fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
             merged = _run_converted(run)
         return _run_reference(run, fused) if merged is None else merged
 
@@ -105,6 +109,15 @@ def _run_reference(run: _Run, compiled: bool) -> Raw:
         merged = run.method.reference(Block(values, run.start + first), run.coefficients, precision)
         result[first * out.itemsize : last * out.itemsize] = store_values(merged, run.method.result_dtype(compute), out)
     return result
+
+
+def is_finite(raw: Raw, dtype: DType) -> bool:
+    """Return whether ``raw`` holds neither NaN nor infinity."""
+    if dtype in FUSED_DTYPES:
+        from mergefs.kernels.fused.finite import is_finite as is_finite_compiled
+
+        return is_finite_compiled(raw, dtype)
+    return reference.is_finite(raw, dtype)
 
 
 def convert(raw: Raw, stored: DType, compute: DType, out: DType) -> Raw:

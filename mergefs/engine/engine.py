@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.engine.compute import is_finite
 from mergefs.engine.inputs import InputReader
 from mergefs.engine.merging import coefficients_of, merge_block
 from mergefs.engine.resources import Resources
 from mergefs.engine.tally import Tally
 from mergefs.errors import NonFiniteError, PlanError
 from mergefs.kernels.fused import prepare
-from mergefs.kernels.precision import Raw, is_finite
+from mergefs.kernels.precision import Raw
 from mergefs.planner.plan import MergePlan, OutputFile, TensorPlan
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import Place
@@ -44,6 +45,7 @@ class Engine:
         self._coefficients: dict[str, Any] = {}
         self._gathering = {name: threading.Lock() for name in plan.tensors}
         self._prepared: set[str] = set()
+        self._working_bytes: dict[str, int] = {}
         self.tally = Tally(resources.ledger)
         self._reported: set[str] = set()
         self._lock = threading.Lock()
@@ -233,7 +235,10 @@ class Engine:
         """Compute one block in memory that is reserved for it."""
         if self._nested:
             return self._compute(tensor, block, purpose, into)
-        with self._resources.room.reserve(_working_bytes(tensor)):
+        size = self._working_bytes.get(tensor.name)
+        if size is None:
+            size = self._working_bytes[tensor.name] = _working_bytes(tensor)
+        with self._resources.room.reserve(size):
             return self._compute(tensor, block, purpose, into)
 
     def _compute(self, tensor: TensorPlan, block: int, purpose: Purpose, into: Raw | None) -> Raw:
@@ -316,6 +321,7 @@ def _prepare_kernels(plan: MergePlan) -> None:
     pairs = sorted(conversions, key=lambda pair: (pair[0].name, pair[1].name))
     computed = dict.fromkeys(tensor.compute for tensor in merged)
     prepare(plan.method.kernels(), computed, pairs)
+    prepare(("finite",), dict.fromkeys(tensor.dtype for tensor in merged))
     of_inputs = {kernel for tensor in plan.tensors.values() for place in tensor.places for kernel in place.kernels()}
     of_inputs |= {kernel for tensor in plan.tensors.values() for one in tensor.coded if one for kernel in one.kernels()}
     for module, dtype in sorted(of_inputs, key=lambda kernel: (kernel[0], kernel[1].name)):

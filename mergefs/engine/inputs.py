@@ -4,7 +4,6 @@ import threading
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
 from mergefs.engine.compute import change_dtype
@@ -34,7 +33,7 @@ class InputReader:
         self._tally = tally
         self._from_the_middle = from_the_middle
         self._lock = threading.Lock()
-        self._seen: dict[str, NDArray[np.bool_]] = {}
+        self._seen: dict[str, bytearray] = {}
 
     def inputs(self, tensor: TensorPlan, block: int, purpose: Purpose) -> tuple[Run, ...]:
         """Return a block of every input, each with its dtype; what is not bought is the base's.
@@ -129,10 +128,11 @@ class InputReader:
         """Return on whose account a block of one input is read: experts' bytes that are read again count apart."""
         if purpose is not Purpose.EXPERT or tensor.roles[index] is not Role.EXPERT:
             return purpose
+        number = block * len(tensor.places) + index
         with self._lock:
             seen = self._seen.get(tensor.name)
             if seen is None:
-                seen = self._seen[tensor.name] = np.zeros((len(tensor.places), tensor.grid.count), dtype=np.bool_)
-            again = bool(seen[index, block])
-            seen[index, block] = True
+                seen = self._seen[tensor.name] = bytearray(tensor.grid.count * len(tensor.places))
+            again = seen[number]
+            seen[number] = True
         return Purpose.EXPERT_AGAIN if again else Purpose.EXPERT

@@ -37,15 +37,19 @@ class Room:
     @contextmanager
     def reserve(self, size: int) -> Iterator[None]:
         """Wait until there are ``size`` bytes, and lend them."""
-        me = _Waiting(size)
+        waiting = None
         with self._lock:
-            self._queue.append(me)
-            self._serve()
-        try:
-            me.turn.acquire()
-        except BaseException:  # a signal in the main thread
-            self._leave(me)
-            raise
+            if not self._queue and self._fits(size):
+                self._lend(size)
+            else:
+                waiting = _Waiting(size)
+                self._queue.append(waiting)
+        if waiting is not None:
+            try:
+                waiting.turn.acquire()
+            except BaseException:  # a signal in the main thread
+                self._leave(waiting)
+                raise
         try:
             yield
         finally:
@@ -61,6 +65,11 @@ class Room:
             else:
                 self._take_back(me.size)
 
+    def _lend(self, size: int) -> None:
+        """Let somebody have memory."""
+        self._lent += size
+        self._working += 1
+
     def _take_back(self, size: int) -> None:
         """Add what was lent to what there is."""
         self._lent -= size
@@ -71,8 +80,7 @@ class Room:
         """Lend to those who wait, in their order, as far as there is anything."""
         while self._queue and self._fits(self._queue[0].size):
             first = self._queue.popleft()
-            self._lent += first.size
-            self._working += 1
+            self._lend(first.size)
             first.turn.release()
 
     def _fits(self, size: int) -> bool:

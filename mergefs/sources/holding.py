@@ -2,15 +2,14 @@
 
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import Fingerprint, Shard
+from mergefs.checkpoint.source import FileKey, Shard
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
 
-_Tensor: TypeAlias = tuple[Path, Fingerprint, int]
+_Tensor: TypeAlias = tuple[FileKey, int]
 
 
 @dataclass(slots=True)
@@ -82,4 +81,4 @@ class HeldBlocks:
 
 
 def _key(shard: Shard, tensor: TensorSource) -> _Tensor:
-    return shard.path, shard.fingerprint, tensor.offset
+    return shard.key, tensor.offset

@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import Fingerprint, Shard
+from mergefs.checkpoint.source import FileKey, Shard
 
-_Tensor: TypeAlias = tuple[Path, Fingerprint, str]
+_Tensor: TypeAlias = tuple[FileKey, str]
 KeepHashes: TypeAlias = Callable[[Shard, TensorSource, Sequence[bytes]], None]
 """Takes the hashes (32 bytes of blake3) of all blocks of a tensor."""
 
@@ -24,7 +23,7 @@ class LearnedHashes:
 
     def add(self, shard: Shard, tensor: TensorSource, blocks: int, block: int, digest: bytes) -> bool:
         """Take the hash of one of so many blocks; return whether it is the one that the block had before, if any."""
-        key = (shard.path, shard.fingerprint, tensor.name)
+        key = (shard.key, tensor.name)
         with self._lock:
             whole = self._whole.get(key)
             if whole is not None:

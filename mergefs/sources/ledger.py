@@ -16,6 +16,9 @@ class Purpose(Enum):
     ANALYSIS = "analysis"
     AUXILIARY = "auxiliary"  # tokenizer files and the like
 
+    # There is one object of each, and every read looks up its account: by the name would take three calls of Python.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True)
 class LedgerTotals:

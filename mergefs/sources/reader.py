@@ -16,12 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
+from mergefs.checkpoint.source import AuxiliaryFile, FileKey, Fingerprint, Shard
 from mergefs.errors import MergefsError, SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
@@ -68,7 +67,7 @@ _PASSING = frozenset(
 )
 """What may be over a moment later."""
 
-_Key = tuple[Path, Fingerprint, int]
+_Key = tuple[FileKey, int]
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ class SourceReader:
         self._lock = threading.Lock()
         self._files: OrderedDict[_Key, _OpenFile] = OrderedDict()
         self._kept = BlockCache(_KEPT_BYTES)
-        self._paid: set[tuple[Path, Fingerprint, int, int]] = set()
+        self._paid: set[tuple[FileKey, int, int]] = set()
         self._filler = PageCacheFiller()
         self._advice = _IN_PARTS
 
@@ -126,31 +125,35 @@ class SourceReader:
 
     def read_pieces(self, source: SourceFile, pieces: Sequence[tuple[int, int]], purpose: Purpose) -> Raw:
         """Return the bytes of ``pieces`` (offset, size) one after the other, as ``read`` does those of one."""
-        total = sum(size for _, size in pieces)
+        total = sum([size for _, size in pieces])
         buffer: Raw = np.empty(total, dtype=np.uint8)
+        advice = self._advice[purpose]
         for pause in _PAUSES:
             try:
-                self._fill(buffer, source, pieces, self._advice[purpose])
+                self._fill(buffer, source, pieces, advice)
                 break
             except SourceReadError as error:
                 if not _may_pass(error):
                     raise
                 _LOG.warning("%s; trying again", error)
-            self._give_up((source.path, source.fingerprint, self._advice[purpose]))
+            self._give_up((source.key, advice))
             time.sleep(pause)
         else:
-            self._fill(buffer, source, pieces, self._advice[purpose])
+            self._fill(buffer, source, pieces, advice)
         self._ledger.record_read(purpose, total, source.path)
         return buffer
 
     def _fill(self, buffer: Raw, source: SourceFile, pieces: Sequence[tuple[int, int]], advice: int) -> None:
         """Read the bytes of ``pieces`` into all of ``buffer``."""
         view, done = buffer.data, 0
-        with self._borrow(source, advice) as descriptor:
+        file = self._use(source, advice)
+        try:
             for offset, size in pieces:
-                _fill(view[done : done + size], source, descriptor, offset)
+                _fill(view[done : done + size], source, file.descriptor, offset)
                 done += size
-            _refuse_written(source, os.fstat(descriptor))
+            _refuse_written(source, os.fstat(file.descriptor))
+        finally:
+            self._give_back(file)
 
     def read_tensor(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
         """Return the elements ``start`` to ``stop`` (flat indices) of a tensor of ``shard``, not to be written to.
@@ -158,11 +161,11 @@ class SourceReader:
         Whole blocks among them are checked. Raises the errors of ``read``, and SourceChangedError for a block that is
         not what was analysed.
         """
-        if self._shared is None or purpose is Purpose.ANALYSIS:  # which goes once over everything
+        shared = self._shared
+        # What one alone wants is not kept, nor what an analysis reads, which goes once over everything.
+        if shared is None or purpose is Purpose.ANALYSIS or shared.users_of(shard) < 2:
             return self._read_checked(shard, tensor, start, stop, purpose)
-        return self._shared.read(
-            shard, tensor, start, stop, lambda: self._read_checked(shard, tensor, start, stop, purpose)
-        )
+        return shared.read(shard, tensor, start, stop, lambda: self._read_checked(shard, tensor, start, stop, purpose))
 
     def _read_checked(self, shard: Shard, tensor: TensorSource, start: int, stop: int, purpose: Purpose) -> Raw:
         """Read elements from the file unless they are held, and check the whole blocks among them."""
@@ -186,7 +189,7 @@ class SourceReader:
 
         Bytes of experts that have to be read for a second time count as read again. Raises what ``read_tensor`` does.
         """
-        key = (shard.path, shard.fingerprint, tensor.offset, tensor.nbytes)
+        key = (shard.key, tensor.offset, tensor.nbytes)
 
         def read() -> Raw:
             counted = purpose
@@ -216,8 +219,10 @@ class SourceReader:
             return
         itemsize = tensor.dtype.itemsize
         begin, end = tensor.offset + start * itemsize, tensor.offset + stop * itemsize
+        if self._filler.is_full(shard.key, begin, end):
+            return
         with suppress(MergefsError, OSError), self._borrow(shard, _FILLING) as descriptor:
-            self._filler.fill((shard.path, shard.fingerprint), descriptor, begin, end)
+            self._filler.fill(shard.key, descriptor, begin, end)
 
     @contextmanager
     def lend(self, source: SourceFile) -> Iterator[int]:
@@ -239,30 +244,38 @@ class SourceReader:
     @contextmanager
     def _borrow(self, source: SourceFile, advice: int) -> Iterator[int]:
         """Lend an open descriptor that nobody closes meanwhile."""
-        key = (source.path, source.fingerprint, advice)
-        file = self._use(key, None) or self._use(key, _OpenFile(_open_checked(source, advice)))
-        assert file is not None
+        file = self._use(source, advice)
         try:
             yield file.descriptor
         finally:
-            with self._lock:
-                file.users -= 1
-                if file.given_up and file.users == 0:
-                    os.close(file.descriptor)
-                self._evict()
+            self._give_back(file)
 
-    def _use(self, key: _Key, opened: _OpenFile | None) -> _OpenFile | None:
-        """Return the file that is open under ``key``, else ``opened``, for a read that uses it."""
+    def _use(self, source: SourceFile, advice: int) -> _OpenFile:
+        """Return an open file that nobody closes until it is given back."""
+        key = (source.key, advice)
         with self._lock:
             file = self._files.get(key)
-            if file is None and opened is not None:
-                file = self._files[key] = opened
             if file is not None:
                 self._files.move_to_end(key)
                 file.users += 1
-        if opened is not None and file is not opened:  # another read was quicker
+                return file
+        opened = _OpenFile(_open_checked(source, advice))
+        with self._lock:
+            file = self._files.setdefault(key, opened)
+            self._files.move_to_end(key)
+            file.users += 1
+        if file is not opened:  # another read was quicker
             os.close(opened.descriptor)
         return file
+
+    def _give_back(self, file: _OpenFile) -> None:
+        """Use a file no longer."""
+        with self._lock:
+            file.users -= 1
+            if file.given_up and file.users == 0:
+                os.close(file.descriptor)
+            if len(self._files) > self._limit:
+                self._evict()
 
     def _give_up(self, key: _Key) -> None:
         """Have the next read open a file anew."""
@@ -275,8 +288,6 @@ class SourceReader:
 
     def _evict(self) -> None:
         """Close the longest unused files above the limit; files in use stay."""
-        if len(self._files) <= self._limit:
-            return
         idle = [key for key, file in self._files.items() if file.users == 0]
         for key in idle[: len(self._files) - self._limit]:
             os.close(self._files.pop(key).descriptor)

@@ -4,16 +4,12 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TypeAlias
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, Shard
+from mergefs.checkpoint.source import AuxiliaryFile, FileKey, Shard
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.cache import BlockCache
-
-_File: TypeAlias = tuple[Path, Fingerprint]
 
 
 class SharedBlocks:
@@ -25,13 +21,13 @@ class SharedBlocks:
     def __init__(self, cache: BlockCache) -> None:
         self._cache = cache
         self._lock = threading.Lock()
-        self._users: Counter[_File] = Counter()
-        self._gone: deque[frozenset[_File]] = deque()
+        self._users: Counter[FileKey] = Counter()
+        self._gone: deque[frozenset[FileKey]] = deque()
         self._added = 0
 
     def add_user(self, user: object, files: Iterable[Shard | AuxiliaryFile]) -> int:
         """Note that ``user`` reads ``files`` as long as it lives, and return its number, from 0 on."""
-        read = frozenset((file.path, file.fingerprint) for file in files)
+        read = frozenset(file.key for file in files)
         with self._lock:
             self._users.update(read)
             number, self._added = self._added, self._added + 1
@@ -39,7 +35,7 @@ class SharedBlocks:
         weakref.finalize(user, self._gone.append, read).atexit = False
         return number
 
-    def _users_of(self, file: _File) -> int:
+    def _users_of(self, file: FileKey) -> int:
         """Return how many read a file."""
         if self._gone:
             with self._lock:
@@ -49,14 +45,14 @@ class SharedBlocks:
 
     def users_of(self, shard: Shard) -> int:
         """Return how many read a file."""
-        return self._users_of((shard.path, shard.fingerprint))
+        return self._users_of(shard.key)
 
     def read(self, shard: Shard, tensor: TensorSource, start: int, stop: int, read: Callable[[], Raw]) -> Raw:
         """Return the elements ``start`` to ``stop`` of a tensor, by ``read`` where they are not kept.
 
         Whole blocks are kept, and nothing else: there would be too many pieces. What is kept must not be written to.
         """
-        users = self._users_of((shard.path, shard.fingerprint))
+        users = self._users_of(shard.key)
         if users < 2 or not _is_block(tensor, start, stop):
             return read()
 
@@ -65,9 +61,7 @@ class SharedBlocks:
             data.flags.writeable = False
             return data
 
-        return self._cache.get_source(
-            ("source", shard.path, shard.fingerprint, tensor.offset, start), read_to_keep, users
-        )
+        return self._cache.get_source(("source", shard.key, tensor.offset, start), read_to_keep, users)
 
 
 def _is_block(tensor: TensorSource, start: int, stop: int) -> bool:

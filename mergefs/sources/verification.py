@@ -2,13 +2,12 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from blake3 import blake3
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import Fingerprint, Shard
+from mergefs.checkpoint.source import FileKey, Shard
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
@@ -31,7 +30,7 @@ class BlockCheck:
         self._known = known
         self._learned = learned
         self._lock = threading.Lock()
-        self._hashes: dict[tuple[Path, Fingerprint, str], bytes | None] = {}
+        self._hashes: dict[tuple[FileKey, str], bytes | None] = {}
 
     def check(self, shard: Shard, tensor: TensorSource, start: int, raw: Raw) -> None:
         """Check ``raw``, the bytes of a run of elements of ``tensor`` from flat index ``start``.
@@ -65,7 +64,7 @@ class BlockCheck:
 
     def _hashes_of(self, shard: Shard, tensor: TensorSource, grid: BlockGrid) -> bytes | None:
         """Return the hashes of a tensor, None where there are none that fit its blocks."""
-        key = (shard.path, shard.fingerprint, tensor.name)
+        key = (shard.key, tensor.name)
         with self._lock:
             if key in self._hashes:
                 return self._hashes[key]

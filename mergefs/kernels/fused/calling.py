@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from mergefs.kernels.fused import types
+from mergefs.kernels.fused.memory import place_of
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _NUMBERS: Final[dict[types.Scalar, Any]] = {
@@ -95,6 +96,6 @@ def _taking_array(dtype: np.dtype[Any], dimensions: int, readonly: bool) -> Call
             raise TypeError(f"an array of {dimensions} dimensions of {dtype} is wanted, in one piece")
         if not (readonly or flags.writeable):
             raise TypeError("an array that must not be written to is not taken")
-        numbers += (None, None, array.size, itemsize, array.ctypes.data, *array.shape, *array.strides)
+        numbers += (None, None, array.size, itemsize, place_of(array), *array.shape, *array.strides)
 
     return take

@@ -1,5 +1,6 @@
 """How blocks of bytes are handed to kernels."""
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,26 +20,31 @@ _CACHE_LINE: Final = 64
 _NOTHING: Final = {dtype.name: np.empty(0, dtype=storage) for dtype, storage in _STORAGE.items()}
 
 
-def address(raw: NDArray[Any]) -> np.uint64:
-    """Return where the elements of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive.
-
-    Of the very type that signatures have.
-    """
-    if not raw.flags.c_contiguous:
+def place_of(raw: NDArray[Any]) -> int:
+    """Return where the elements of ``raw`` lie: in one piece, aligned or not. It is the caller who keeps them alive."""
+    flags = raw.flags
+    if not flags.c_contiguous:
         raise ValueError("a kernel was given bytes that do not lie in one piece")
-    found: np.uint64 = np.uint64(raw.__array_interface__["data"][0])
+    if flags.writeable and raw.size:
+        return ctypes.addressof(ctypes.c_char.from_buffer(raw.data))  # a quarter of the time that numpy takes to tell
+    return int(raw.ctypes.data)
+
+
+def address(raw: NDArray[Any]) -> np.uint64:
+    """Return ``place_of`` as a number of the very type that signatures have."""
+    found: np.uint64 = np.uint64(place_of(raw))
     return found
 
 
 def addresses(raws: Sequence[Raw]) -> NDArray[np.uint64]:
-    """Return ``address`` of each."""
-    return np.array([address(raw) for raw in raws], dtype=np.uint64)
+    """Return ``place_of`` each."""
+    return np.array([place_of(raw) for raw in raws], dtype=np.uint64)
 
 
 def aligned_bytes(size: int) -> Raw:
     """Return ``size`` bytes that begin with a cache line, so that no access of a vector straddles two of them."""
     room: Raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
-    skipped = -int(address(room)) % _CACHE_LINE
+    skipped = -place_of(room) % _CACHE_LINE
     return room[skipped : skipped + size]
 
 
@@ -59,6 +65,6 @@ def empty_result(raw: Raw, dtype: DType, into: Raw | None = None) -> NDArray[Any
 
     It lies in ``into``, which has as many bytes, where one is given and numbers of that type can begin there.
     """
-    if into is not None and address(into) % dtype.itemsize == 0:
+    if into is not None and place_of(into) % dtype.itemsize == 0:
         return view(into, dtype)
     return empty(raw.size // dtype.itemsize, dtype)
