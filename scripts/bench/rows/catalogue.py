@@ -20,6 +20,7 @@ def all_rows(setting: Setting) -> list[Row]:
         mounts.mounting(setting, setting.extent.few[0]),
         variants.varying(setting),
         *(threads.threading(setting, method) for method in setting.extent.few),
+        threads.apart(setting),
         budgets.growing(setting),
         *(mounts.mounting(setting, method) for method in setting.extent.few),
         budgets.spending(setting, slow=False),

@@ -1,17 +1,22 @@
-"""What a second core brings."""
+"""What a second core brings, to a merge and to programs that share nothing."""
 
+import json
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench.cold import bring_in
 from bench.comparing import same_bits
-from bench.processes import Limits, Taken
+from bench.processes import Limits, Taken, measured
 from bench.programs import analyze, materialize, materialize_cold
+from bench.reading import weights
 from bench.results import Checked
 from bench.rounds import Row, Way
 from bench.setting import TINY, Setting, named
 
 STATES = ("cold", "warm")
+_HASHER = Path(__file__).parent.parent / "hashing.py"
 
 
 def threads_name(setting: Setting, method: str) -> str:
@@ -59,3 +64,37 @@ def _run(setting: Setting, recipe: Path, out: Path, catalog: Path, cores: int) -
     program = materialize_cold if catalog.name == "cold" else materialize
     limits = Limits(processors=setting.processors(cores))
     return lambda: program(setting, [recipe], out, catalog, (), limits)
+
+
+def apart_name(setting: Setting) -> str:
+    """Return the name of the row of programs that share nothing."""
+    return f"apart@{named(setting.large)}"
+
+
+def apart_on(cores: int) -> str:
+    """Return the way of so many programs."""
+    return f"{cores} {'program' if cores == 1 else 'programs'}"
+
+
+def apart(setting: Setting) -> Row:
+    """Return the row of what reads and hashes the inputs and nothing else, on one core and on two.
+
+    A core of its own, and no lock to share: what that brings is what memory and caches that cores share leave of it.
+    """
+
+    def ways() -> tuple[Way, ...]:
+        files = [
+            file for expert in setting.family(setting.large, setting.extent.main).experts for file in weights(expert)
+        ]
+        bring_in(files)
+        return tuple(Way(apart_on(cores), partial(_hash, setting, files, cores)) for cores in (1, 2))
+
+    return Row(apart_name(setting), ways)
+
+
+def _hash(setting: Setting, files: list[Path], cores: int) -> Taken:
+    """Read and hash files in so many programs; the seconds are without their start."""
+    limits = Limits(processors=setting.processors(cores))
+    taken = measured([sys.executable, _HASHER, str(cores), *files], setting.variables(), limits)
+    told = json.loads(taken.output)
+    return Taken(told["seconds"], taken.processor_seconds, taken.peak_bytes, {"bytes": told["bytes"]})

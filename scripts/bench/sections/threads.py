@@ -3,7 +3,7 @@
 from bench.markdown import Target, at_least, median_of, memory, ratio, table, times
 from bench.results import Results
 from bench.rows.peers import COLD, WARM, start_of
-from bench.rows.threads import STATES, threads_name, way_of
+from bench.rows.threads import STATES, apart_name, apart_on, threads_name, way_of
 from bench.setting import Setting, named
 
 _ENOUGH = 1.6
@@ -27,10 +27,18 @@ def section(setting: Setting, results: Results) -> str:
                 rows.append([f"`{method}`, {state}", *medians, times(_gain(results, method, name, state)), peak])
     if not rows:
         return ""
+    name = apart_name(setting)
+    if results.median(name, apart_on(1)) is not None:
+        ways = [apart_on(cores) for cores in (1, 2)]
+        one, two = (results.median(name, way) for way in ways)
+        medians = [median_of(results.taken(name, way), results.median(name, way)) for way in ways]
+        rows.append(["reading and hashing alone", *medians, times(one and two and ratio(one, two)), "-"])
     columns = ("", "seconds on one core", "on two", "faster by", "most memory")
     return (
         f"## Cores\n\n`mergefs materialize`, {setting.extent.main} experts, models of {named(setting.large)}; *faster "
-        f"by* compares without the start of the program.\n\n{table(columns, rows)}"
+        "by* compares without the start of the program. *Reading and hashing alone* is what a second core brings to "
+        "programs that share no lock: each reads half of every expert from the page cache, and hashes it.\n\n"
+        f"{table(columns, rows)}"
     )
 
 
