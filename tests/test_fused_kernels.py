@@ -113,7 +113,7 @@ def test_any_task_vector_merge_equals_the_reference(
 
 
 powers_of_two = st.builds(lambda exponent, sign: sign * 2.0**exponent, st.integers(-149, 127), st.sampled_from((1, -1)))
-"""All of float32: by some of them one divides otherwise than by other numbers."""
+"""All of float32: by the least and the greatest of them sums become infinite, or vanish."""
 
 
 @by_dtype

@@ -15,7 +15,7 @@ from recipes import Merge, write_recipe
 
 from mergefs.catalog import Catalog
 from mergefs.checkpoint.dtypes import BF16, F32, DType
-from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
+from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, SourceFile
 from mergefs.engine.engine import Engine
 from mergefs.engine.workspace import Workspace
 from mergefs.kernels.precision import Raw, load, store
@@ -27,7 +27,7 @@ from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import block_sizes
-from mergefs.sources.reader import SourceFile, SourceReader
+from mergefs.sources.reader import SourceReader
 
 CELL = 64
 TENSOR = "model.layers.0.mlp.up_proj.weight"
@@ -43,7 +43,7 @@ class EveryLevelAddsOne:
 
     @property
     def file(self) -> SourceFile:
-        return AuxiliaryFile("planes", Path(__file__), Fingerprint.of(Path(__file__).stat()))
+        return AuxiliaryFile(Path(__file__), Fingerprint.of(Path(__file__).stat()), "planes")
 
     def kernels(self) -> Iterator[tuple[str, DType]]:
         yield from ()

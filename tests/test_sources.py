@@ -145,7 +145,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_never_taken_for_shorter_data(mo
 
 def source(path: Path, content: bytes) -> AuxiliaryFile:
     path.write_bytes(content)
-    return AuxiliaryFile(path.name, path, Fingerprint.of(path.stat()))
+    return AuxiliaryFile(path, Fingerprint.of(path.stat()), path.name)
 
 
 def test_the_reader_returns_what_was_asked_for_and_counts_it_by_purpose(tmp_path: Path) -> None:

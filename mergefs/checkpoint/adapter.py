@@ -96,7 +96,7 @@ def open_adapter(path: Path) -> Adapter:
     if not os.path.lexists(weights_path):
         raise _without_weights(directory)
     with open_source(settings_path) as descriptor:
-        settings = AuxiliaryFile(ADAPTER_CONFIG_NAME, settings_path, Fingerprint.of(os.fstat(descriptor)))
+        settings = AuxiliaryFile(settings_path, Fingerprint.of(os.fstat(descriptor)), ADAPTER_CONFIG_NAME)
     with open_source(weights_path) as descriptor:
         fingerprint = Fingerprint.of(os.fstat(descriptor))
         shard = Shard(weights_path, fingerprint, read_header(descriptor, weights_path))

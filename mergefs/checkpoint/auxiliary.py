@@ -88,7 +88,7 @@ def _examine(path: Path, name: str) -> AuxiliaryFile | None:
     if status.st_size > LARGEST_UNKNOWN_BYTES and path.suffix.lower() not in KNOWN_SUFFIXES:
         _LOG.warning("%s (%s) is left out: too large for a file beside weights", path, format_size(status.st_size))
         return None
-    return AuxiliaryFile(name, path, Fingerprint.of(status))
+    return AuxiliaryFile(path, Fingerprint.of(status), name)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -32,33 +32,31 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file of a checkpoint; ``path`` is absolute."""
+class SourceFile:
+    """A file that bytes are read from, as it was when it was opened first; ``path`` is absolute."""
 
     path: Path
     fingerprint: Fingerprint
-    header: ShardHeader
     key: FileKey = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", _key(self.path, self.fingerprint))
+        mark = self.fingerprint
+        key = f"{mark.size} {mark.mtime_ns} {mark.ctime_ns} {mark.inode} {mark.device} {self.path}"
+        object.__setattr__(self, "key", FileKey(key))
 
 
 @dataclass(frozen=True, slots=True)
-class AuxiliaryFile:
+class Shard(SourceFile):
+    """One safetensors file of a checkpoint."""
+
+    header: ShardHeader
+
+
+@dataclass(frozen=True, slots=True)
+class AuxiliaryFile(SourceFile):
     """A file that belongs to the model beside its weights, such as its tokenizer.
 
-    ``name`` is relative to the model directory and may contain ``/``; ``path`` is absolute.
+    ``name`` is relative to the model directory and may contain ``/``.
     """
 
     name: str
-    path: Path
-    fingerprint: Fingerprint
-    key: FileKey = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", _key(self.path, self.fingerprint))
-
-
-def _key(path: Path, mark: Fingerprint) -> FileKey:
-    return FileKey(f"{mark.size} {mark.mtime_ns} {mark.ctime_ns} {mark.inode} {mark.device} {path}")

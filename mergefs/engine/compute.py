@@ -49,18 +49,16 @@ def run_kernel(
     there is one and ``fused`` allows it, else the reference; the bytes are the same, but for the payload of NaN. They
     may lie in ``into`` then, if that is given.
     """
+    merged: Raw | None = None
     # What is too large for a dtype becomes infinite there: who asks for the bytes looks at them.
     with np.errstate(all="ignore"):
-        if fused and out is compute and all(dtype is compute for _, dtype in inputs):
-            merged = method.fused(RawRun(tuple([raw for raw, _ in inputs]), compute, start, into), coefficients)
-            if merged is not None:
-                return merged
-            return _run_reference(_Run(method, coefficients, inputs, compute, out, start), fused)
-        run = _Run(method, coefficients, inputs, compute, out, start)
-        merged = None
-        if fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
-            merged = _run_converted(run)
-        return _run_reference(run, fused) if merged is None else merged
+        if fused and out == compute and all(dtype == compute for _, dtype in inputs):
+            merged = method.fused(RawRun(tuple(raw for raw, _ in inputs), compute, start, into), coefficients)
+        elif fused and compute in FUSED_DTYPES and (out == compute or method.result_dtype(compute) == compute):
+            merged = _run_converted(_Run(method, coefficients, inputs, compute, out, start))
+        if merged is None:
+            merged = _run_reference(_Run(method, coefficients, inputs, compute, out, start), fused)
+        return merged
 
 
 def _whole_grains(run: _Run) -> int:

@@ -48,7 +48,7 @@ class Tally:
 
 
 class _Charge:
-    """A context. Every input of every block enters one: a generator would take three times as long."""
+    """A context. Every input of every block enters one: a generator would take more than twice as long."""
 
     __slots__ = ("_before", "_index", "_ledger", "_tally", "_tensor")
 

@@ -152,8 +152,7 @@ def is_finite(raw: Raw, dtype: DType) -> bool:
     signed, unsigned, infinity = _PATTERNS[dtype.name]
     positive, negative = raw.view(signed), raw.view(unsigned)
     sign = 1 << (dtype.bits - 1)
-    largest = np.maximum.reduce  # by ``max`` of an array it takes two calls of Python more
-    return not positive.size or bool(largest(positive) < infinity and largest(negative) < infinity + sign)
+    return not positive.size or bool(positive.max() < infinity and negative.max() < infinity + sign)
 
 
 def _convert(values: Array, source: DType, target: DType) -> Array:

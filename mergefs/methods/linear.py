@@ -87,15 +87,14 @@ class Linear(Method[LinearCoefficients]):
         import mergefs.kernels.fused.weighted_average as kernel
         from mergefs.kernels.fused.memory import addresses, empty_result
 
-        scaling, divisor, factor = kernel.scaling_by(coefficients.divisor)
+        divisor = coefficients.divisor
         result = empty_result(run.inputs[0], run.dtype, run.into)
         kernel.KERNEL.compiled(run.dtype)(
             result,
             addresses(run.inputs),
             np.array(coefficients.weights, dtype=np.float32),
-            scaling,
-            divisor,
-            factor,
+            divisor is not None,
+            1.0 if divisor is None else divisor,
             np.empty(kernel.TILE, dtype=np.float32),
         )
         return result.view(np.uint8)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mergefs.catalog.catalog import Catalog
 from mergefs.catalog.records import PlanesRecord
 from mergefs.checkpoint.dtypes import F32, F64, DType
-from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint
+from mergefs.checkpoint.source import AuxiliaryFile, Fingerprint, SourceFile
 from mergefs.errors import SourceChangedError
 from mergefs.kernels.precision import Raw
 from mergefs.planes.cell import Prefixes
@@ -19,7 +19,7 @@ from mergefs.planes.layout import RecordLayout
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
 from mergefs.sources.place import Place, StoredTensor
-from mergefs.sources.reader import SourceFile, SourceReader
+from mergefs.sources.reader import SourceReader
 from mergefs.statistics.identity import digest, tensor_keys
 
 FORMAT: Final = 1
@@ -130,7 +130,7 @@ def _file(record: PlanesRecord, catalog: Catalog) -> AuxiliaryFile | None:
     except OSError:
         return None
     same = (found.size, found.mtime_ns) == (record.file_size, record.mtime_ns)
-    return AuxiliaryFile(record.file, path, found) if same else None
+    return AuxiliaryFile(path, found, record.file) if same else None
 
 
 def _coded(record: PlanesRecord, file: AuxiliaryFile, expert: Place, compute: DType) -> CodedDelta:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergefs.checkpoint.dtypes import DType
+from mergefs.checkpoint.source import SourceFile
 from mergefs.kernels.precision import Raw
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.ledger import Purpose
-from mergefs.sources.reader import SourceFile, SourceReader
+from mergefs.sources.reader import SourceReader
 
 NOTHING: Final = 0
 """The level of a cell that is not bought: the base's own bytes stand in for it."""

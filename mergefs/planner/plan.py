@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.checkpoint.configuration import number_of_layers, ties_embeddings
 from mergefs.checkpoint.dtypes import DType
-from mergefs.checkpoint.source import AuxiliaryFile
+from mergefs.checkpoint.source import AuxiliaryFile, SourceFile
 from mergefs.methods.contract import Method, TensorContext
 from mergefs.planner.ancestry import Ancestry
 from mergefs.planner.levels import WHOLE, Coded, Selection
@@ -16,7 +16,6 @@ from mergefs.planner.plan_ids import asked
 from mergefs.recipe.definition import Recipe
 from mergefs.sources.blocks import BlockGrid
 from mergefs.sources.place import Place, Role, StoredTensor
-from mergefs.sources.reader import SourceFile
 
 FileContent: TypeAlias = AuxiliaryFile | bytes
 """A file of a model's directory: one that lies there, or the bytes of a generated one."""

@@ -31,18 +31,13 @@ class PageCacheFiller:
         self._present: dict[Hashable, tuple[int, int]] = {}
         self._never_kept: set[Hashable] = set()
 
-    def is_full(self, key: Hashable, begin: int, end: int) -> bool:
-        """Return whether it is known without asking the system that it holds a range of a file, or keeps nothing."""
-        first, last = self._present.get(key, (0, 0))
-        return (first <= begin and end <= last) or key in self._never_kept or begin >= end
-
     def fill(self, key: Hashable, descriptor: int, begin: int, end: int) -> None:
         """Have the bytes ``begin`` to ``end`` of a file in the cache, which ``key`` stands for; raises OSError.
 
         Nothing is read where it lies there already, nor twice from a file that the system keeps nothing of. Where the
         system cannot tell, it is asked to read for itself.
         """
-        if self.is_full(key, begin, end):
+        if self._is_full(key, begin, end):
             return
         try:
             missing = self._is_missing(key, descriptor, begin, end)
@@ -57,6 +52,11 @@ class PageCacheFiller:
         with suppress(OSError):
             if not cached_pages(descriptor, begin, 1):
                 self._never_kept.add(key)
+
+    def _is_full(self, key: Hashable, begin: int, end: int) -> bool:
+        """Return whether it is known without asking the system that it holds a range of a file, or keeps nothing."""
+        first, last = self._present.get(key, (0, 0))
+        return (first <= begin and end <= last) or key in self._never_kept or begin >= end
 
     def _is_missing(self, key: Hashable, descriptor: int, begin: int, end: int) -> bool:
         """Return whether a range was not in the cache before the system began to read ahead in its file.

@@ -16,7 +16,7 @@ class Purpose(Enum):
     ANALYSIS = "analysis"
     AUXILIARY = "auxiliary"  # tokenizer files and the like
 
-    # There is one object of each, and every read looks up its account: by the name would take three calls of Python.
+    # There is one object of each, and every read looks up its account: by the name that would take a call of Python.
     __hash__ = object.__hash__
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergefs.checkpoint.checkpoint import TensorSource
-from mergefs.checkpoint.source import AuxiliaryFile, FileKey, Fingerprint, Shard
+from mergefs.checkpoint.source import FileKey, Fingerprint, Shard, SourceFile
 from mergefs.errors import MergefsError, SourceChangedError, SourceReadError
 from mergefs.kernels.precision import Raw
 from mergefs.sources.cache import BlockCache
@@ -31,8 +31,6 @@ from mergefs.sources.sharing import SharedBlocks
 from mergefs.sources.verification import BlockCheck
 
 _LOG = logging.getLogger(__name__)
-
-SourceFile = Shard | AuxiliaryFile
 
 _KEPT_BYTES = 64 * 2**20
 """For what whole tensors need again for each of their blocks: enough for the factors of several adapters at a time."""
@@ -125,7 +123,7 @@ class SourceReader:
 
     def read_pieces(self, source: SourceFile, pieces: Sequence[tuple[int, int]], purpose: Purpose) -> Raw:
         """Return the bytes of ``pieces`` (offset, size) one after the other, as ``read`` does those of one."""
-        total = sum([size for _, size in pieces])
+        total = sum(size for _, size in pieces)
         buffer: Raw = np.empty(total, dtype=np.uint8)
         advice = self._advice[purpose]
         for pause in _PAUSES:
@@ -219,8 +217,6 @@ class SourceReader:
             return
         itemsize = tensor.dtype.itemsize
         begin, end = tensor.offset + start * itemsize, tensor.offset + stop * itemsize
-        if self._filler.is_full(shard.key, begin, end):
-            return
         with suppress(MergefsError, OSError), self._borrow(shard, _FILLING) as descriptor:
             self._filler.fill(shard.key, descriptor, begin, end)
 

@@ -11,64 +11,58 @@ from typing import TypeAlias
 import numpy as np
 
 from mergefs.kernels.precision import Array, Precision
-from mergefs.methods.contract import Answer, Block, ElementSums, SingleSums
+from mergefs.methods.contract import Answer, Block, ElementSums, Moments, SingleSums
 from mergefs.statistics.gatherers import Streamed
 
 _Products: TypeAlias = ElementSums | SingleSums
 
 
 def joined(wanted: Iterable[Streamed]) -> list[tuple[Streamed, tuple[Streamed, ...]]]:
-    """Return what to gather instead of ``wanted``, each with those of them that it answers (``answers_of``)."""
-    groups: dict[object, list[_Products]] = {}
+    """Return what to gather instead of ``wanted``, each with those of them that it answers (``answers_of``).
+
+    Products are joined that are of inputs, less the same base or none, and of nothing else.
+    """
     found: list[tuple[Streamed, tuple[Streamed, ...]]] = []
+    groups: dict[object, list[tuple[_Products, Moments]]] = {}
     for one in wanted:
-        if isinstance(one, _Products) and _is_joinable(one):
-            groups.setdefault(_kind(one), []).append(one)
+        moments = one.moments
+        if isinstance(one, _Products) and one.lanes is None and moments and moments.pairs and not moments.lengths:
+            kind = type(one), moments.exact, one.models[-1] if moments.based else None
+            groups.setdefault(kind, []).append((one, moments))
         else:
             found.append((one, (one,)))
-    return found + [(_join(group) if len(group) > 1 else group[0], tuple(group)) for group in groups.values()]
+    return found + [(_join(group), tuple(one for one, _ in group)) for group in groups.values()]
 
 
 def answers_of(answer: Answer, parts: Sequence[Streamed]) -> list[Answer]:
-    """Return the answer of each of ``parts`` from that of what they were joined to."""
-    if len(parts) == 1 or not isinstance(answer, np.ndarray):
+    """Return the answer of each of ``parts`` from that of what was gathered instead."""
+    if not isinstance(answer, np.ndarray):
         return [answer]
     ends = np.cumsum([part.count for part in parts if isinstance(part, _Products)])
     return list(np.split(answer, ends[:-1]))
 
 
-def _is_joinable(one: _Products) -> bool:
-    """Return whether these are products of inputs, less a base or not, and of nothing else."""
-    return one.lanes is None and one.moments is not None and bool(one.moments.pairs) and not one.moments.lengths
-
-
-def _kind(one: _Products) -> object:
-    """Return what products must have in common to be added up together."""
-    return type(one), one.moments and (one.moments.exact, one.models[-1] if one.moments.based else None)
-
-
-def _join(group: Sequence[_Products]) -> _Products:
+def _join(group: Sequence[tuple[_Products, Moments]]) -> _Products:
     """Return the products of all pairs of a group, of the inputs that any of them is about."""
-    moments = group[0].moments
-    if moments is None:
-        raise ValueError("products without moments are not added up together")
-    base = group[0].models[-1:] if moments.based else ()
-    inputs = tuple(dict.fromkeys(model for one in group for model in one.models[: len(one.models) - len(base)]))
+    first, moments = group[0]
+    if len(group) == 1:
+        return first
+    base = first.models[-1:] if moments.based else ()
+    inputs = tuple(dict.fromkeys(model for one, _ in group for model in one.models[: len(one.models) - len(base)]))
     pairs = tuple(
-        (inputs.index(one.models[first]), inputs.index(one.models[second]))
-        for one in group
-        for first, second in (one.moments.pairs if one.moments else ())
+        (inputs.index(one.models[left]), inputs.index(one.models[right]))
+        for one, of in group
+        for left, right in of.pairs
     )
 
     def terms(block: Block, precision: Precision) -> Array:
         """Return the terms of all, those of one pair after the other."""
         values = dict(zip(inputs + base, block.inputs, strict=True))
-        return np.concatenate(
-            [one.terms(Block(tuple(values[model] for model in one.models), block.start), precision) for one in group]
-        )
+        parts = [Block(tuple(values[model] for model in one.models), block.start) for one, _ in group]
+        return np.concatenate([one.terms(part, precision) for (one, _), part in zip(group, parts, strict=True)])
 
     return replace(
-        group[0],
+        first,
         models=inputs + base,
         terms=terms,
         fused=None,

@@ -31,22 +31,22 @@ AboutQuantity: TypeAlias = (
 def answer_quantities(wanted: Sequence[AboutQuantity], stream: TensorStream) -> dict[AboutQuantity, Answer]:
     """Return the answers to ``wanted``: sums and rows from one pass, order statistics from some for each quantity."""
     streamed = [one for one in wanted if isinstance(one, Streamed)]
-    by_block: dict[tuple[Streamed, ...], BlockGatherer] = {}
+    by_block: list[tuple[tuple[Streamed, ...], BlockGatherer]] = []
     by_tile: dict[AboutQuantity, Gatherer] = {}
     for statistic, parts in joined(streamed):
         moments = moments_of(statistic, stream)
         if moments is None:
             by_tile |= {part: gatherer_of(part, stream.size, stream.compute) for part in parts}
         else:
-            by_block[parts] = moments
+            by_block.append((parts, moments))
     for block in stream.blocks(streamed) if streamed else ():
-        for moments in by_block.values():
+        for _, moments in by_block:
             moments.add(block)
         for tile in block.tiles(list(by_tile)) if by_tile else ():
             for gatherer, terms in zip(by_tile.values(), tile.terms, strict=True):
                 gatherer.add(tile, terms)
     found: dict[AboutQuantity, Answer] = {}
-    for parts, moments in by_block.items():
+    for parts, moments in by_block:
         found |= zip(parts, answers_of(moments.answer(), parts), strict=True)
     found |= {one: gatherer.answer() for one, gatherer in by_tile.items()}
     bits = Precision(stream.compute).order_bits

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.processes import Taken, measured, timed
+from bench.processes import Taken, timed, told
 from bench.programs import MERGEFS, SAME_OPTIONS
 from bench.setting import Setting
 
@@ -44,6 +44,4 @@ class Mount:
 
 def read(setting: Setting, pattern: str, place: Path, catalog: Path | None = None) -> Taken:
     """Read a directory in a pattern; the seconds are those of reading alone, without the start of the reader."""
-    taken = measured([sys.executable, _READER, pattern, place], setting.variables(catalog))
-    told = json.loads(taken.output)
-    return Taken(told["seconds"], taken.processor_seconds, taken.peak_bytes, {"bytes": told["bytes"]})
+    return told([sys.executable, _READER, pattern, place], setting.variables(catalog))

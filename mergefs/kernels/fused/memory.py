@@ -26,7 +26,7 @@ def place_of(raw: NDArray[Any]) -> int:
     if not flags.c_contiguous:
         raise ValueError("a kernel was given bytes that do not lie in one piece")
     if flags.writeable and raw.size:
-        return ctypes.addressof(ctypes.c_char.from_buffer(raw.data))  # a quarter of the time that numpy takes to tell
+        return ctypes.addressof(ctypes.c_char.from_buffer(raw.data))  # in half the time that numpy takes to tell
     return int(raw.ctypes.data)
 
 

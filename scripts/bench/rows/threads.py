@@ -1,6 +1,5 @@
 """What a second core brings, to a merge and to programs that share nothing."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from bench.cold import bring_in
 from bench.comparing import same_bits
-from bench.processes import Limits, Taken, measured
+from bench.processes import Limits, Taken, told
 from bench.programs import analyze, materialize, materialize_cold
 from bench.reading import weights
 from bench.results import Checked
@@ -16,7 +15,7 @@ from bench.rounds import Row, Way
 from bench.setting import TINY, Setting, named
 
 STATES = ("cold", "warm")
-_HASHER = Path(__file__).parent.parent / "hashing.py"
+_HASHER = Path(__file__).parents[1] / "hashing.py"
 
 
 def threads_name(setting: Setting, method: str) -> str:
@@ -95,6 +94,4 @@ def apart(setting: Setting) -> Row:
 def _hash(setting: Setting, files: list[Path], cores: int) -> Taken:
     """Read and hash files in so many programs; the seconds are without their start."""
     limits = Limits(processors=setting.processors(cores))
-    taken = measured([sys.executable, _HASHER, str(cores), *files], setting.variables(), limits)
-    told = json.loads(taken.output)
-    return Taken(told["seconds"], taken.processor_seconds, taken.peak_bytes, {"bytes": told["bytes"]})
+    return told([sys.executable, _HASHER, str(cores), *files], setting.variables(), limits)
