@@ -10,10 +10,10 @@ import torch
 from checkpoints import family
 from recipes import MERGES, write_recipe
 
+from mergefs.allocator import made_to_stay
 from mergefs.catalog import Catalog
 from mergefs.catalog.residency import Residency
 from mergefs.checkpoint.dtypes import BF16
-from mergefs.engine.allocator import made_to_stay
 from mergefs.engine.workspace import Workspace
 from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
 from mergefs.planner.everything import select_everything

@@ -44,7 +44,7 @@ MERGES = {
     "ties": Merge("ties", tuple({"weight": weight, "density": 0.4} for weight in (0.5, 0.3, 0.2))),
 }
 
-_MATERIALIZE = """
+_RUN = """
 import sys
 from pathlib import Path
 from mergefs.cli import main
@@ -132,13 +132,30 @@ def test_writing_a_model_that_is_larger_than_the_memory_for_it_keeps_to_that(
     recipe = write_recipe(tmp_path / "recipe.yml", MERGES[name], models)
     options = ["--threads", "2", "--memory", str(limit)]
     result = subprocess.run(
-        [sys.executable, "-c", _MATERIALIZE, "materialize", "--quiet", *options, str(recipe), str(tmp_path / "out")],
+        [sys.executable, "-c", _RUN, "materialize", "--quiet", *options, str(recipe), str(tmp_path / "out")],
         env=environment(tmp_path / "state"),
         capture_output=True,
         text=True,
         check=True,
     )
     peak = int(result.stdout.split()[1]) * 1024
+    print(f"{name}: {peak / 10**6:.0f} MB")
+    assert peak <= limit
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_neither_does_analysing_it_take_more(models: Family, tmp_path: Path, name: str) -> None:
+    """Of what is gone over twice, as much is held as there is room for."""
+    limit = 512 * 2**20
+    recipe = write_recipe(tmp_path / "recipe.yml", MERGES[name], models)
+    result = subprocess.run(
+        [sys.executable, "-c", _RUN, "analyze", "--memory", str(limit), str(recipe)],
+        env=environment(tmp_path / "state"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak = int(result.stdout.split()[-2]) * 1024
     print(f"{name}: {peak / 10**6:.0f} MB")
     assert peak <= limit
 

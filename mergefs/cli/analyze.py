@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mergefs.cli.options import memory_option, random_seed_option, truncate_embeddings_option
 from mergefs.cli.settings import Settings
 
 if TYPE_CHECKING:
     from mergefs.engine.workspace import Workspace
     from mergefs.planes.analysis import PlanesWritten
+    from mergefs.planner.build import PlanOptions
     from mergefs.progress import Progress
 
 
@@ -30,19 +32,32 @@ class _Analysed:
 @click.command(name="analyze")
 @click.argument("targets", metavar="RECIPE_OR_MODEL...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="Model to compare the experts with, where a recipe has no base.")
+@random_seed_option
+@truncate_embeddings_option
 @click.option(
     "--planes",
     metavar="N",
     type=click.IntRange(1, 8),
     help="Also keep the deltas of a recipe's experts in N planes (1 to 8), each a sixteenth of their 16 bit weights.",
 )
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 @click.pass_obj
-def command(settings: Settings, targets: tuple[Path, ...], base: str | None, planes: int | None, as_json: bool) -> None:
+def command(
+    settings: Settings,
+    targets: tuple[Path, ...],
+    base: str | None,
+    random_seed: int,
+    unsafe_truncate_embeddings: bool,
+    planes: int | None,
+    memory: int,
+    as_json: bool,
+) -> None:
     """Read models once and keep what budgets and methods need to know of them.
 
     A recipe has its models hashed, the deltas of its experts measured, and the statistics of its method gathered. A
-    model directory, or an adapter's, is hashed. What the catalog knows already is not read again.
+    model directory, or an adapter's, is hashed. What the catalog knows already is not read again. Where a method goes
+    over its tensors more than once, those are read again that do not fit in the memory.
 
     With --planes, budgets can buy the deltas of a recipe's experts in part: a first plane of a sixteenth of the bytes
     of 16 bit weights holds the coarse of each delta, and every plane after it about halves what is still missing. They
@@ -52,15 +67,17 @@ def command(settings: Settings, targets: tuple[Path, ...], base: str | None, pla
     from mergefs.cli.output import print_json, print_table
     from mergefs.cli.progress import progress
     from mergefs.engine.workspace import Workspace
+    from mergefs.planner.build import PlanOptions
     from mergefs.units import format_size
 
     models: dict[str, _Analysed] = {}
     written: dict[str, PlanesWritten] = {}
-    workspace = Workspace.create(Catalog(settings.catalog or default_location()))
+    options = PlanOptions(base=base, random_seed=random_seed, truncate_embeddings=unsafe_truncate_embeddings)
+    workspace = Workspace.create(Catalog(settings.catalog or default_location()), planning_size=memory)
     try:
-        with progress() as listener:
+        with progress(settings.quiet) as listener:
             for target in targets:
-                found, kept = _analyze(target, base, planes, workspace, listener)
+                found, kept = _analyze(target, options, planes, workspace, listener)
                 models |= found
                 written |= kept
     finally:
@@ -120,7 +137,7 @@ def _show_planes(written: Mapping[str, "PlanesWritten"], catalog: Path) -> None:
 
 
 def _analyze(
-    target: Path, base: str | None, planes: int | None, workspace: "Workspace", listener: "Progress"
+    target: Path, options: "PlanOptions", planes: int | None, workspace: "Workspace", listener: "Progress"
 ) -> tuple[dict[str, _Analysed], dict[str, "PlanesWritten"]]:
     """Analyse one target and return what was done to its models and what planes were written, by path."""
     from mergefs.checkpoint import open_checkpoint
@@ -130,7 +147,7 @@ def _analyze(
     from mergefs.errors import UsageError
     from mergefs.planes.analysis import analyze_planes
     from mergefs.planner.analysis import analyze_family, record_checkpoints
-    from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
+    from mergefs.planner.build import analyze_draft, draft_plan
     from mergefs.planner.planes import delta_tasks
     from mergefs.recipe.model import load_recipe
     from mergefs.statistics.identity import checkpoint_identity
@@ -139,7 +156,7 @@ def _analyze(
     sources: tuple[WeightSource, ...]
     written: dict[str, PlanesWritten] = {}
     if not os.path.isdir(target):  # noqa: PTH112 - is_dir() raises where access is denied
-        draft = draft_plan(load_recipe(target), PlanOptions(base=base), workspace)
+        draft = draft_plan(load_recipe(target), options, workspace)
         known = analyze_draft(draft, workspace, listener)
         sources = draft.sources
         if planes is not None:
@@ -149,7 +166,7 @@ def _analyze(
         raise UsageError(f"--planes is for recipes, and {target} is a model directory; name a recipe, or leave it out")
     else:
         sources = (open_adapter(target) if is_adapter(target) else open_checkpoint(target),)
-        known = analyze_family((), sources, catalog, workspace.reader, listener)
+        known = analyze_family((), sources, workspace, listener)
     record_checkpoints(sources, catalog)
     models = {
         str(entry.path): _Analysed(

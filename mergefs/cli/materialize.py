@@ -91,10 +91,10 @@ def _materialize(
     settings: Settings, recipes: Sequence[Path], destinations: Sequence[Path], arguments: PlanArguments, how: _How
 ) -> list[tuple["Order", "Materialized | Exception"]]:
     """Write one model for each recipe."""
+    from mergefs.allocator import keep_freed_memory, limit_arenas, made_to_stay
     from mergefs.catalog import Catalog, default_location
     from mergefs.cli.progress import progress
     from mergefs.cli.signals import ended_by_signals
-    from mergefs.engine.allocator import keep_freed_memory, limit_arenas, made_to_stay
     from mergefs.engine.workspace import Workspace
     from mergefs.materialize.materialize import Interrupted, Order, default_threads, materialize_together
     from mergefs.materialize.memory import UNUSED, Memory

@@ -171,6 +171,21 @@ def _use_cache(context: click.Context, parameter: click.Parameter, value: Path |
         os.environ["HF_HUB_CACHE"] = str(absolute(value))
 
 
+random_seed_option = click.option(
+    "--random-seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of methods that drop at random.",
+)
+
+truncate_embeddings_option = click.option(
+    "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
+    default=False,
+    help="Merge vocabularies of different sizes by the rows that all have.",
+)
+
 _PLAN_OPTIONS: Final[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...]] = (
     click.option(
         "--budget", metavar="B", help="Bytes of experts that one full read may cost: a size (8GiB) or a share (25%)."
@@ -178,14 +193,7 @@ _PLAN_OPTIONS: Final[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], .
     click.option(
         "--base", metavar="MODEL", help="Model that stands in for what a budget leaves out, where a recipe has no base."
     ),
-    click.option(
-        "--random-seed",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Seed of methods that drop at random.",
-    ),
+    random_seed_option,
     click.option(
         "--max-shard-size",
         type=Size(),
@@ -193,11 +201,7 @@ _PLAN_OPTIONS: Final[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], .
         help=f"Split the weights into files of at most this size.  [default: {DEFAULT_MAX_SHARD_SIZE}]",
     ),
     click.option("--out-shard-size", type=ShardSize(), metavar="S", hidden=True),
-    click.option(
-        "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
-        default=False,
-        help="Merge vocabularies of different sizes by the rows that all have.",
-    ),
+    truncate_embeddings_option,
     click.option(
         "--copy-tokenizer/--no-copy-tokenizer",
         default=True,

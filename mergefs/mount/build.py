@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from mergefs.allocator import limit_arenas
 from mergefs.catalog import default_location
-from mergefs.engine.allocator import limit_arenas
 from mergefs.engine.model_files import ModelFiles
 from mergefs.engine.resources import DEFAULT_CACHE_SIZE, SMALLEST_CACHE_SIZE
 from mergefs.engine.workspace import Workspace

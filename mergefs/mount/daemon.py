@@ -222,7 +222,7 @@ class _Server:
         )
 
     def _build(self) -> Tree:
-        from mergefs.engine.allocator import made_to_stay  # here, since what forks a server loads no engine
+        from mergefs.allocator import made_to_stay  # here, since what forks a server loads no engine
 
         try:
             with _signals_raise(), made_to_stay():

@@ -10,7 +10,7 @@ from mergefs.catalog.catalog import Catalog
 from mergefs.checkpoint.checkpoint import WeightSource
 from mergefs.errors import BudgetError
 from mergefs.methods.registry import get_method, method_origin
-from mergefs.planner.analysis import analyze_family, gather_statistics, record_checkpoints
+from mergefs.planner.analysis import analyze_family, record_checkpoints
 from mergefs.planner.assembly import assemble
 from mergefs.planner.budget import parse_budget
 from mergefs.planner.configuration import merged_config
@@ -81,10 +81,10 @@ def make_plan(
 
     Without a budget only headers are read, unless the plan is to be ``identified``: then every input whose contents are
     not known is hashed first, and the plan is the same on every machine. A budget below all expert bytes needs block
-    statistics: what is missing is gathered first, which reads the models once for the blocks and again for what the
-    method asks for, and what the budget leaves out of a merge that is not linear is measured on some of its blocks. The
-    ledger counts all of that as analysis. Without ``gather`` nothing is read for block statistics, and missing ones
-    are a BudgetError.
+    statistics: what is missing is gathered first, together with what the method asks for, which reads the models once
+    (and what does not fit in memory again), and what the budget leaves out of a merge that is not linear is measured on
+    some of its blocks. The ledger counts all of that as analysis. Without ``gather`` nothing is read for block
+    statistics, and missing ones are a BudgetError.
     """
     planning = Planning(recipe, options, workspace, progress or Silence(), gather)
     if identified and planning.limit(options.budget) is None:
@@ -248,11 +248,9 @@ def analyze_draft(draft: Draft, workspace: Workspace, progress: Progress) -> dic
     Returns what ``analyze_family`` does.
     """
     try:
-        known = analyze_family(draft.tensors, draft.sources, workspace.catalog, workspace.reader, progress)
-        gather_statistics(draft.tensors, workspace.statistics, progress)
+        return analyze_family(draft.tensors, draft.sources, workspace, progress)
     finally:
         workspace.catalog.flush()
-    return known
 
 
 def _require_stand_in(draft: Draft, options: PlanOptions) -> None:

@@ -113,6 +113,17 @@ class SourceReader:
         other._advice = _WHOLE
         return other
 
+    def holding(self, size: int) -> "SourceReader":
+        """Return this reader for who goes over tensors several times to learn what nobody knows of them.
+
+        Up to ``size`` bytes of what is read for analysis are held until that tensor is forgotten. Files and accounts
+        are the same.
+        """
+        other = copy.copy(self)
+        other._held = HeldBlocks(size)
+        other._shared = None  # what an analysis reads is its own
+        return other
+
     def read(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
         """Return ``size`` bytes of ``source`` from ``offset``, as a fresh writable array.
 

@@ -1,5 +1,6 @@
 """Answers the statistics that a method asks for: from the catalog, or by gathering them once, however many wait."""
 
+import copy
 import threading
 from collections import defaultdict
 from typing import Any
@@ -55,6 +56,13 @@ class StatisticsService:
         self._reader = reader
         self._lock = threading.Lock()
         self._gathering: defaultdict[bytes, threading.RLock] = defaultdict(threading.RLock)
+
+    def reading_by(self, reader: SourceReader) -> "StatisticsService":
+        """Return this service as one that reads by ``reader``, and whose caller flushes the catalog."""
+        other = copy.copy(self)
+        other._reader = reader
+        other._at_once = False
+        return other
 
     def all_answers(self, method: Method[Any], context: TensorContext, places: tuple[Place, ...]) -> Answers:
         """Return every statistic that ``method`` wants of one tensor, whose places in each input are ``places``."""

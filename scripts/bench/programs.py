@@ -12,7 +12,8 @@ from bench.setting import Setting
 
 MERGEFS: Final = (sys.executable, "-m", "mergefs")
 
-SAME_OPTIONS: Final = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card", "--random-seed", "1")
+_SEED: Final = ("--random-seed", "1")
+SAME_OPTIONS: Final = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card", *_SEED)
 """Given to both: these models have no tokenizer, and neither program is to write what the other does not."""
 
 MERGEKIT_OPTIONS: Final[tuple[str, ...]] = ("--async-write",)
@@ -68,7 +69,7 @@ def materialize_cold(
 def analyze(setting: Setting, recipe: Path, catalog: Path) -> Taken:
     """Run ``mergefs analyze`` with a new catalog."""
     shutil.rmtree(catalog, ignore_errors=True)
-    return measured([*MERGEFS, "analyze", recipe], setting.variables(catalog))
+    return measured([*MERGEFS, "analyze", recipe, *_SEED], setting.variables(catalog))
 
 
 def copying(setting: Setting, read: Sequence[Path], copied: Path, out: Path) -> Taken:
