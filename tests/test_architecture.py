@@ -11,7 +11,7 @@ PACKAGE = Path(mergefs.__file__).parent
 
 # From the bottom to the top, as docs/architecture.md lists them; rooms in one line may not import each other.
 ROOMS = (
-    ("errors", "processors", "units", "progress"),
+    ("errors", "processors", "allocator", "units", "progress"),
     ("checkpoint",),
     ("kernels",),
     ("methods",),
