@@ -1,10 +1,7 @@
 """The one pass over a family: what it finds, what it reads of whom, and what it never reads again."""
 
 import itertools
-import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import zlib
@@ -15,13 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import Family, family, write_model
+from checkpoints import write_model
 from hypothesis import given
 from hypothesis import strategies as st
-from mounting import environment, run_mergefs
 from numpy.typing import NDArray
-from recipes import MERGES, write_document, write_recipe
-from strace import run
 
 from mergefs.catalog import Catalog
 from mergefs.catalog.schema import TABLES
@@ -31,7 +25,6 @@ from mergefs.errors import NonFiniteError
 from mergefs.kernels.deltas import MAGNITUDE_BINS, ReferenceMeter
 from mergefs.kernels.precision import load, store
 from mergefs.methods.contract import MagnitudeThreshold
-from mergefs.processors import usable_processors
 from mergefs.progress import Silence
 from mergefs.sources import blocks
 from mergefs.sources.blocks import BlockGrid
@@ -395,134 +388,3 @@ def record_bytes(catalog: Path) -> int:
     )
     arguments = [sys.executable, "-c", script, str(catalog), *TABLES]
     return int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return family(tmp_path_factory.mktemp("models"), experts=2, dtype=torch.bfloat16, tied=False, shards=2)
-
-
-def weight_files(model: Path) -> list[Path]:
-    return sorted(model.glob("*.safetensors"))
-
-
-def headers(model: Path) -> int:
-    return sum(shard.header.data_start for shard in open_checkpoint(model).shards)
-
-
-def recipe_of(path: Path, base: Path, *experts: Path) -> Path:
-    entries = [{"model": str(expert), "parameters": {"weight": 0.5}} for expert in experts]
-    document = {"merge_method": "task_arithmetic", "base_model": str(base), "models": entries, "dtype": "bfloat16"}
-    return write_document(path, document)
-
-
-def test_the_operating_system_sees_an_added_expert_read_once_and_the_others_not_at_all(
-    models: Family, tmp_path: Path
-) -> None:
-    state = tmp_path / "state"
-    first, second = models.experts
-    one = recipe_of(tmp_path / "one.yml", models.base, first)
-    both = recipe_of(tmp_path / "both.yml", models.base, first, second)
-    assert run_mergefs("analyze", one, state=state).returncode == 0
-    arguments = [sys.executable, "-m", "mergefs.cli", "analyze", str(both)]
-    trace = run(tmp_path / "trace", arguments, environment(state))
-    of_headers = [trace.total(weight_files(model)) - headers(model) for model in (models.base, first, second)]
-    size = open_checkpoint(second).total_bytes
-    assert of_headers[1] <= headers(first)  # headers may be looked at again, tensors not
-    assert size <= of_headers[2] <= size + headers(second)
-    assert of_headers[0] < size + headers(models.base)
-    again = run(tmp_path / "again", arguments, environment(state))
-    for model in (models.base, first, second):
-        assert again.total(weight_files(model)) <= 2 * headers(model)
-
-
-def test_the_command_says_of_each_model_what_was_read_and_what_was_known(models: Family, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    first, second = models.experts
-    one = recipe_of(tmp_path / "one.yml", models.base, first)
-    both = recipe_of(tmp_path / "both.yml", models.base, first, second)
-    told = []
-    for recipe in (one, both, both):
-        done = run_mergefs("analyze", recipe, "--json", state=state)
-        assert done.returncode == 0, done.stderr
-        told.append({Path(entry["path"]): entry for entry in json.loads(done.stdout)["models"]})
-    size = open_checkpoint(first).total_bytes
-    counts = [
-        {model: (entry["analysis_bytes_read"], entry["known_bytes"]) for model, entry in run.items()} for run in told
-    ]
-    assert counts[0] == {models.base: (size, 0), first: (size, 0)}
-    read_of_base, known_of_base = counts[1][models.base]
-    assert 0 < read_of_base < size == known_of_base
-    assert (counts[1][first], counts[1][second]) == ((0, size), (size, 0))
-    assert set(counts[2].values()) == {(0, size)}
-    shown = run_mergefs("analyze", both, state=state).stdout
-    assert "known before" in shown
-    assert "everything was known already" in shown
-
-
-def test_a_copied_and_resharded_expert_is_read_once(models: Family, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    expert = models.experts[0]
-    assert run_mergefs("analyze", recipe_of(tmp_path / "one.yml", models.base, expert), state=state).returncode == 0
-    opened = open_checkpoint(expert)
-    from safetensors.torch import load_file
-
-    tensors = {name: tensor for file in weight_files(expert) for name, tensor in load_file(file).items()}
-    copy = write_model(tmp_path / "copy", tensors, json.loads((expert / "config.json").read_text()), shards=3)
-    done = run_mergefs("analyze", recipe_of(tmp_path / "two.yml", models.base, copy), "--json", state=state)
-    told = {Path(entry["path"]): entry for entry in json.loads(done.stdout)["models"]}
-    assert told[copy]["analysis_bytes_read"] == opened.total_bytes
-    assert told[models.base]["analysis_bytes_read"] == 0
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from mergefs.catalog import Catalog
-from mergefs.engine.workspace import Workspace
-from mergefs.planner import analysis
-from mergefs.planner.build import PlanOptions, analyze_draft, draft_plan
-from mergefs.progress import Silence
-from mergefs.recipe.model import load_recipe
-
-class Deadly(Silence):
-    done = 0
-    def advance(self, size):
-        self.done += size
-        if self.done > int(sys.argv[3]):
-            print(workspace.ledger.totals().analysis_bytes_read, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-analysis._FLUSH_BYTES = int(sys.argv[4])
-workspace = Workspace.create(Catalog(Path(sys.argv[2])))
-draft = draft_plan(load_recipe(Path(sys.argv[1])), PlanOptions(), workspace)
-analyze_draft(draft, workspace, Deadly())
-print(workspace.ledger.totals().analysis_bytes_read)
-"""
-
-
-def test_an_analysis_that_was_killed_goes_on_where_it_was(models: Family, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yml", MERGES["task_arithmetic"], models)
-    catalog = tmp_path / "catalog"
-    total = 3 * open_checkpoint(models.base).total_bytes
-    flush = total // 10
-    reads, finished = [], False
-    for _ in range(10):
-        arguments = [sys.executable, "-c", KILLED, str(recipe), str(catalog), str(total // 3), str(flush)]
-        done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ, timeout=120, check=False)
-        reads.append(int(done.stdout))
-        finished = done.returncode == 0
-        if finished:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-    largest = max(tensor.nbytes for tensor in open_checkpoint(models.base).tensors.values())
-    assert finished
-    assert len(reads) > 1
-    # Each time at most what had not been flushed was lost: a tenth, and a tensor of all three models for each thread.
-    lost = flush + (max(2, usable_processors()) + 1) * 3 * largest
-    assert total <= sum(reads) <= total + (len(reads) - 1) * lost
-    with Catalog(catalog) as opened:
-        assert opened.counts()["contents"] == 3 * len(open_checkpoint(models.base).tensors)

@@ -50,8 +50,10 @@ def analyze_family(
     total = sum(task.size for task in (*tasks.first, *tasks.last))
     if total:
         progress.start("analysing", total)
-        _run(tasks, workspace, progress)
-        give_back_freed_memory()  # of what was held
+        try:
+            _run(tasks, workspace, progress)
+        finally:
+            give_back_freed_memory()  # of what was held
         progress.finish()
     return known
 

@@ -102,14 +102,14 @@ def tasks_of(tensors: Sequence[TensorPlan], stored: Iterable[StoredTensor], cata
     first, last = [], []
     for tensor in tensors:
         measured = measuring.get(id(tensor))
-        hashed: tuple[Place, ...] = ()
         merged = tensor if _asks(tensor) else None
-        if merged is not None:
-            hashed, needs_others = _own_part(merged, measured, unhashed, lacking)
-            if needs_others:
-                last.append(Task(merged=merged))
-                merged = None
-        if hashed or measured is not None or merged is not None:
+        parts = dict.fromkeys(local_key(part) for place in tensor.places for part in place.stored()) if merged else {}
+        hashed = tuple(unhashed.pop(key) for key in parts if key in unhashed)
+        own = {local_key(place) for place in (*hashed, *(measured.lacking if measured else ()))}
+        if not parts.keys() & lacking <= own:  # then another task learns some of it
+            last.append(Task(merged=merged))
+            merged = None
+        if hashed or measured or merged:
             first.append(Task(hashed, measured, merged))
     first += [Task((place,)) for place in unhashed.values()]
     return Tasks(tuple(first), tuple(last), lacking)
@@ -120,21 +120,6 @@ def _asks(tensor: TensorPlan) -> bool:
     if not all(isinstance(place, StoredTensor) for place in tensor.places):
         return True
     return tensor.method is not None and tensor.context is not None and bool(tensor.method.statistics(tensor.context))
-
-
-def _own_part(
-    tensor: TensorPlan, measured: Measuring | None, unhashed: dict[bytes, StoredTensor], lacking: Set[bytes]
-) -> tuple[tuple[Place, ...], bool]:
-    """Take what a tensor is made of from what is ``unhashed``, and return it.
-
-    And whether anything remains of what is lacking that another task is going to learn.
-    """
-    parts = {local_key(part) for place in tensor.places for part in place.stored()}
-    hashed = tuple(unhashed.pop(key) for key in sorted(parts & unhashed.keys()))
-    own = {local_key(place) for place in hashed}
-    if measured is not None:
-        own |= {local_key(place) for place in measured.lacking}
-    return hashed, not parts & lacking <= own
 
 
 def _missing(tensors: Iterable[TensorPlan], catalog: Catalog) -> list[Measuring]:

@@ -121,7 +121,7 @@ class SourceReader:
         """
         other = copy.copy(self)
         other._held = HeldBlocks(size)
-        other._shared = None  # what an analysis reads is its own
+        other._shared = None  # or no tensor were forgotten until every model that reads its file had said so
         return other
 
     def read(self, source: SourceFile, offset: int, size: int, purpose: Purpose) -> Raw:
